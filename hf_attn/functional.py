@@ -1,0 +1,232 @@
+"""Maths shared by mechanisms: random directions, log feature maps, linear attention in log space.
+
+Everything that weighs tokens by features works with the *logarithms* of the features, log phi (B,H,N,F). Sums of
+exponentials are taken relative to a running maximum, so long vectors neither overflow nor underflow, and no epsilon
+or clamp enters the result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_attn.module import State
+
+_NEGATIVE_INFINITY = float("-inf")
+
+
+def draw_(tensor: Tensor, values: Tensor) -> None:
+    """Copy `values` into a parameter or buffer, unless transformers has just loaded it from a checkpoint."""
+    if not getattr(tensor, "_is_hf_initialized", False):
+        with torch.no_grad():
+            tensor.copy_(values)
+
+
+def random_directions(
+    heads: int, features: int, dim: int, orthogonal: bool, device: torch.device | str | None = None
+) -> Tensor:
+    """(H,F,D) standard normal rows, float32; `orthogonal` makes the rows orthogonal in blocks of D.
+
+    An orthogonal row keeps the length of an independent D-dimensional normal vector, so that one row alone is still
+    standard normal (Performers, Choromanski et al. 2021, section 3.2).
+    """
+    if torch.device(device or "cpu").type == "meta" or not orthogonal:
+        return torch.randn(heads, features, dim, device=device)
+    blocks = -(-features // dim)
+    square = torch.linalg.qr(torch.randn(heads, blocks, dim, dim, device=device)).Q.transpose(-1, -2)
+    rows = square.reshape(heads, blocks * dim, dim)[:, :features]
+    return rows * torch.randn(heads, features, dim, device=device).norm(dim=-1, keepdim=True)
+
+
+def log_positive(x: Tensor, directions: Tensor, scale: float) -> Tensor:
+    """log of the positive random features: sqrt(s) <z, x> - s |x|^2 / 2. x (B,H,N,D), directions (H,F,D)."""
+    return scale**0.5 * (x @ directions.transpose(-1, -2)) - scale / 2 * x.square().sum(-1, keepdim=True)
+
+
+def log_elu1(x: Tensor) -> Tensor:
+    """log(elu(x) + 1), which is x itself where x < 0."""
+    return torch.where(x < 0, x, torch.log1p(x.clamp(min=0)))
+
+
+def linear_attention(
+    log_query: Tensor, log_key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None
+) -> Tensor:
+    """sum_m <phi(q_n), phi(k_m)> v_m / sum_m <phi(q_n), phi(k_m)>, in O((N + M) F D).
+
+    Args:
+        log_query: (B,H,N,F) log phi(q). log_key: (B,H,M,F) log phi(k). value: (B,H,M,D).
+        key_padding_mask: bool (B,M).
+    """
+    if key_padding_mask is not None:
+        log_key = log_key.masked_fill(~key_padding_mask[:, None, :, None], _NEGATIVE_INFINITY)
+    reference = _finite(log_key.detach().amax(dim=2, keepdim=True))
+    weight = (log_key - reference).exp()
+    mass = weight.sum(dim=2, keepdim=True)
+    mass = torch.where(mass > 0, mass, 1)
+    per_feature = (weight.transpose(-1, -2) @ value) / mass.transpose(-1, -2)
+    return (log_query + reference + mass.log()).softmax(dim=-1) @ per_feature
+
+
+def linear_weights(log_query: Tensor, log_key: Tensor, visible: Tensor | None) -> Tensor:
+    """(B,H,N,M) normalised weights of linear attention, from its definition; rows without a visible key are zero."""
+    logits = torch.logsumexp(log_query[:, :, :, None] + log_key[:, :, None], dim=-1)
+    return masked_softmax(logits, visible)
+
+
+def masked_softmax(logits: Tensor, visible: Tensor | None) -> Tensor:
+    """softmax over the visible keys of each row; zeros in rows without one."""
+    if visible is None:
+        return logits.softmax(dim=-1)
+    weights = logits.masked_fill(~visible, _NEGATIVE_INFINITY).softmax(dim=-1)
+    return torch.where(visible.any(dim=-1, keepdim=True), weights, 0)
+
+
+CHUNK = 64
+"""Tokens a chunk of the causal form: within it the work is quadratic, between chunks it is a recurrence."""
+SPAN = 32 * CHUNK
+"""Tokens handled at once; longer sequences carry a state from span to span, so memory stays linear."""
+
+
+def causal_linear_attention(
+    log_query: Tensor,
+    log_key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    state: State | None = None,
+) -> tuple[Tensor, State]:
+    """Causal linear attention in chunks, after `state`; returns the result and the state after the last token.
+
+    Query n sees the state and keys m <= n + (M - N). The state of a layer is, for every feature, the largest log
+    weight so far (B,H,F), the sum of the weights relative to it (B,H,F), and the weighted sum of values (B,H,F,D).
+
+    Args:
+        log_query: (B,H,N,F). log_key: (B,H,M,F), M >= N. value: (B,H,M,D). key_padding_mask: bool (B,M).
+    """
+    if key_padding_mask is not None:
+        log_key = log_key.masked_fill(~key_padding_mask[:, None, :, None], _NEGATIVE_INFINITY)
+    state = empty_state(log_key, value) if state is None else state
+    queries, earlier = log_query.shape[2], log_key.shape[2] - log_query.shape[2]
+    if earlier:
+        state = absorb(log_key[:, :, :earlier], value[:, :, :earlier], state)
+        log_key, value = log_key[:, :, earlier:], value[:, :, earlier:]
+    outputs = []
+    for start in range(0, queries, SPAN):
+        part = slice(start, start + SPAN)
+        out, state = _causal_span(log_query[:, :, part], log_key[:, :, part], value[:, :, part], state)
+        outputs.append(out)
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], state
+
+
+def empty_state(log_key: Tensor, value: Tensor) -> State:
+    """The state before the first token."""
+    batch, heads, _, features = log_key.shape
+    return {
+        "reference": log_key.new_full((batch, heads, features), _NEGATIVE_INFINITY),
+        "mass": log_key.new_zeros(batch, heads, features),
+        "value": value.new_zeros(batch, heads, features, value.shape[-1]),
+    }
+
+
+def absorb(log_key: Tensor, value: Tensor, state: State) -> State:
+    """`state` after keys that every later query sees."""
+    reference = torch.maximum(state["reference"], log_key.detach().amax(dim=2))
+    weight = (log_key - _finite(reference)[:, :, None]).exp()
+    decay = (state["reference"] - _finite(reference)).exp()
+    return {
+        "reference": reference,
+        "mass": state["mass"] * decay + weight.sum(dim=2),
+        "value": state["value"] * decay[..., None] + weight.transpose(-1, -2) @ value,
+    }
+
+
+def _causal_span(log_query: Tensor, log_key: Tensor, value: Tensor, state: State) -> tuple[Tensor, State]:
+    """Causal attention of one span: chunks see the state before them, and their own past by halving.
+
+    A query and a key of the same chunk meet at the level where halving puts them into sibling blocks; there the query
+    sees the whole key block, so weights relative to that block's maximum can only lose what is negligible. A single
+    reference for the chunk could be set by a key that the query does not see, and would flush what it does see.
+    """
+    tokens = log_query.shape[2]
+    size = min(CHUNK, 1 << (tokens - 1).bit_length())
+    pad = -tokens % size
+    if pad:
+        log_query = torch.nn.functional.pad(log_query, (0, 0, 0, pad))
+        log_key = torch.nn.functional.pad(log_key, (0, 0, 0, pad), value=_NEGATIVE_INFINITY)
+        value = torch.nn.functional.pad(value, (0, 0, 0, pad))
+    chunks = (tokens + pad) // size
+    log_query, log_key, value = (x.unflatten(2, (chunks, size)) for x in (log_query, log_key, value))
+
+    before, after = _states_between_chunks(log_key, value, state)
+    parts = [_seen_block(log_query, before)]
+    half = size // 2
+    while half:
+        q, k, v = (x.unflatten(3, (-1, 2, half)) for x in (log_query, log_key, value))
+        top, mass, total = _seen_keys(q[:, :, :, :, 1], k[:, :, :, :, 0], v[:, :, :, :, 0])
+        first = torch.zeros_like(top)
+        parts.append(
+            (
+                torch.stack((first + _NEGATIVE_INFINITY, top), dim=4).flatten(3, 5),
+                torch.stack((first, mass), dim=4).flatten(3, 5),
+                torch.stack((torch.zeros_like(total), total), dim=4).flatten(3, 5),
+            )
+        )
+        half //= 2
+    own = log_query + log_key
+    top = own.detach().amax(dim=-1)
+    mass = (own - _finite(top)[..., None]).exp().sum(-1)
+    parts.append((top, mass, mass[..., None] * value))
+    return _merge(parts).flatten(2, 3)[:, :, :tokens], after
+
+
+def _states_between_chunks(log_key: Tensor, value: Tensor, state: State) -> tuple[State, State]:
+    """The states before each chunk (a chunk dimension after the heads), and the one after the last."""
+    largest = log_key.detach().amax(dim=3)
+    weight = (log_key - _finite(largest)[:, :, :, None]).exp()
+    largest = torch.cat((state["reference"][:, :, None], largest), dim=2)
+    mass = torch.cat((state["mass"][:, :, None], weight.sum(dim=3)), dim=2)
+    total = torch.cat((state["value"][:, :, None], weight.transpose(-1, -2) @ value), dim=2)
+
+    reference = largest.cummax(dim=2).values
+    # factor[f, i, j]: what chunk j's sums count for in the state after chunk i
+    factor = (largest[:, :, None] - _finite(reference)[:, :, :, None]).permute(0, 1, 4, 2, 3)
+    factor = factor.masked_fill(
+        torch.ones(factor.shape[-2:], dtype=torch.bool, device=factor.device).triu(1), _NEGATIVE_INFINITY
+    ).exp()
+    mass = (factor @ mass.permute(0, 1, 3, 2)[..., None])[..., 0].permute(0, 1, 3, 2)
+    total = (factor @ total.permute(0, 1, 3, 2, 4)).permute(0, 1, 3, 2, 4)
+    states = {"reference": reference, "mass": mass, "value": total}
+    return {k: t[:, :, :-1] for k, t in states.items()}, {k: t[:, :, -1] for k, t in states.items()}
+
+
+def _seen_block(log_query: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    """What queries (...,T,F) gather from a state they see whole: log maximum, mass and weighted values relative to it."""
+    reference = state["reference"][..., None, :]
+    logits = log_query + _finite(reference)
+    top = logits.detach().amax(dim=-1)
+    weight = (logits - top[..., None]).exp()
+    top = torch.where(reference.amax(dim=-1) == _NEGATIVE_INFINITY, _NEGATIVE_INFINITY, top)
+    return top, (weight * state["mass"][..., None, :]).sum(-1), weight @ state["value"]
+
+
+def _seen_keys(log_query: Tensor, log_key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_seen_block` for a block of keys (...,T,F), without its F x D state."""
+    reference = log_key.detach().amax(dim=-2, keepdim=True)
+    logits = log_query + _finite(reference)
+    top = logits.detach().amax(dim=-1)
+    scores = (logits - top[..., None]).exp() @ (log_key - _finite(reference)).exp().transpose(-1, -2)
+    top = torch.where(reference.amax(dim=-1) == _NEGATIVE_INFINITY, _NEGATIVE_INFINITY, top)
+    return top, scores.sum(-1), scores @ value
+
+
+def _merge(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Weighted mean over everything the parts saw; zeros where nothing was seen."""
+    top = torch.stack([p[0] for p in parts]).amax(dim=0)
+    share = [(p[0] - _finite(top)).exp() for p in parts]
+    mass = sum(s * p[1] for s, p in zip(share, parts, strict=True))
+    total = sum(s[..., None] * p[2] for s, p in zip(share, parts, strict=True))
+    return total / torch.where(mass > 0, mass, 1)[..., None]
+
+
+def _finite(reference: Tensor) -> Tensor:
+    """A reference to subtract: 0 in place of minus infinity, which stands for "no key yet"."""
+    return torch.where(reference == _NEGATIVE_INFINITY, 0, reference)

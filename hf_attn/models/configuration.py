@@ -1,0 +1,137 @@
+"""Configs that know the mechanism of every layer.
+
+`AttnBertConfig` is `BertConfig` plus `attention`. Its `model_type` is its own (`attn_bert`), so that plain
+transformers refuses the checkpoint instead of running softmax on it. This module is imported together with
+transformers' AutoConfig, and like it does without torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from hf_attn.errors import Unsupported
+
+Spec = dict[str, dict[str, Any]]
+STATIC = {"bert": "bert", "vit": "vit", "gpt2": "gpt2"}
+"""Families with a file of their own, by model type."""
+GENERATED = ("roberta", "distilbert", "deit", "llama", "qwen2", "qwen3", "modernbert")
+"""Further model types whose converted checkpoints load in a fresh process; any other after `register_family`."""
+
+
+class AttnConfigMixin:
+    """The part of a config that knows the mechanisms: `attention`, filled by attn_implementation and attention_options."""
+
+    stock_class: type[PreTrainedConfig]
+    attention: Spec | None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.attention is not None:
+            self.attention = self._canonical(self.attention)
+        super().__post_init__(**kwargs)
+        from hf_attn.models.family import register_models
+
+        register_models(type(self))
+
+    @staticmethod
+    def _canonical(attention: Any, options: dict[str, Any] | None = None) -> Spec:
+        # mechanisms need torch, and this module is imported with AutoConfig, which does not
+        importlib.import_module("hf_attn.mechanisms")
+        from hf_attn.models.spec import canonical
+
+        return canonical(attention, options)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The stored config; a stock one counts as ours, so that loading a stock checkpoint is not warned about."""
+        stored, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if stored.get("model_type") == cls.stock_class.model_type:
+            stored = {**stored, "model_type": cls.model_type}
+        return stored, unused
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict[str, Any] | None) -> None:
+        if self.attention is None or value is not None:
+            spec = self._canonical(value)
+            # naming the mechanism a checkpoint has already keeps its options and its per-layer choice
+            if (
+                self.attention is None
+                or self.attention["default"]["name"] != spec["default"]["name"]
+                or isinstance(value, dict)
+            ):
+                self.attention = spec
+        self._attn_implementation_internal = self.attention["default"]["name"]
+
+    @property
+    def attention_options(self) -> dict[str, Any]:
+        """Options of the default mechanism."""
+        return {k: v for k, v in self.attention["default"].items() if k != "name"}
+
+    @attention_options.setter
+    def attention_options(self, options: dict[str, Any]) -> None:
+        self.attention = self._canonical(self.attention, options)
+
+
+@functools.cache
+def attn_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The config class of `stock` with an `attention` field and a model type of its own; it lives in this module."""
+    name = f"Attn{stock.__name__}"
+    body = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"`transformers.{stock.__name__}` with the attention mechanism of every layer.\n\n"
+        "Args:\n    attn_implementation: a mechanism's name, or a dict by layer (see hf_attn.models.spec).\n"
+        "    attention_options: options of the mechanism.\n"
+        "    attention: both in their stored form.\n"
+        f"    kwargs: everything {stock.__name__} takes.",
+        "__annotations__": {"attention": "dict | None"},
+        "attention": None,
+        "model_type": f"attn_{stock.model_type}",
+        "stock_class": stock,
+    }
+    created = type(name, (AttnConfigMixin, stock), body)
+    globals()[name] = created
+    return created
+
+
+def attn_config(config: PreTrainedConfig, attention: str | dict[str, Any] | None = None) -> PreTrainedConfig:
+    """A copy of a stock `config` as its attn config, with `attention` (by default what its attn_implementation says)."""
+    values = config.to_dict()
+    values.pop("model_type", None)
+    chosen = attention if attention is not None else config._attn_implementation
+    return attn_config_class(type(config))(**values, attention=chosen)
+
+
+@functools.cache
+def register_family(model_type: str) -> type[PreTrainedConfig]:
+    """Let AutoConfig (and with it the Auto model classes) know checkpoints of `attn_<model_type>`."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
+    if model_type not in CONFIG_MAPPING:
+        raise Unsupported(
+            "register_family",
+            f"model_type={model_type!r} is not a model type of transformers",
+            "Give a stock type, such as 'llama'",
+        )
+    created = attn_config_class(CONFIG_MAPPING[model_type])
+    AutoConfig.register(created.model_type, created, exist_ok=True)
+    return created
+
+
+def __getattr__(name: str) -> Any:
+    """Config classes are made on first use; importing one by name (pickle does) makes it."""
+    import transformers
+
+    stock = getattr(transformers, name.removeprefix("Attn"), None) if name.startswith("Attn") else None
+    if not isinstance(stock, type) or not issubclass(stock, PreTrainedConfig):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return attn_config_class(stock)

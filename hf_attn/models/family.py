@@ -1,0 +1,204 @@
+"""Model families: for every stock class of transformers, the same class with mechanisms.
+
+`attn_class(BertForMaskedLM)` is `AttnBertForMaskedLM`: same parameters under the same names, plus the mechanisms',
+whose choice is stored in the config (`attention`, see `hf_attn.models.configuration`) and restored at load.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_attn.errors import Unsupported
+from hf_attn.models.configuration import STATIC, AttnConfigMixin, attn_config, attn_config_class, register_family
+from hf_attn.models.spec import Spec, canonical
+from hf_attn.models.wrapping import attach, token_grid
+from hf_attn.module import AttentionModule
+
+
+class AttnModelMixin:
+    """The part of a model that carries mechanisms; the stock class stands behind it in the method resolution order."""
+
+    stock_class: type[PreTrainedModel]
+
+    def __init__(
+        self, config: PreTrainedConfig, *args: Any, attention_options: dict[str, Any] | None = None, **kwargs: Any
+    ):
+        if not isinstance(config, AttnConfigMixin) and isinstance(config, PreTrainedConfig):
+            config = attn_config(config)
+        if attention_options is not None:
+            config.attention_options = attention_options
+        # transformers falls back to sdpa where a config names nothing, and writes it into the config
+        config._attn_implementation_internal = config.attention["default"]["name"]
+        super().__init__(config, *args, **kwargs)
+        adopt(self)
+        config.attention = attach(self, config.attention)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: our initialisers leave loaded tensors alone, so transformers need not skip whole modules."""
+        return False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, AttentionModule):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    def set_attn_implementation(
+        self,
+        attn_implementation: str | dict[str, Any],
+        allow_all_kernels: bool = False,
+        attention_options: dict[str, Any] | None = None,
+    ) -> None:
+        """Switch the mechanisms in place; the model's own weights stay, the mechanisms' start anew.
+
+        Args:
+            attn_implementation: a mechanism's name, or the per-layer form of `hf_attn.convert`.
+            allow_all_kernels: accepted for compatibility with transformers; mechanisms load no Hub kernels.
+            attention_options: options of the default mechanism.
+        """
+        spec = attach(self, canonical(attn_implementation, attention_options))
+        self.config.attention = spec
+        self.config._attn_implementation_internal = spec["default"]["name"]
+
+
+class VisionGridMixin:
+    """Passes the token grid of the actual image to the mechanisms, also where positions are interpolated."""
+
+    def forward(self, pixel_values: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if pixel_values is not None and pixel_values.dim() == 4:
+            (_, _), prefix = token_grid(self)
+            rows, columns = _patch_size(self)
+            kwargs.setdefault("grid", (pixel_values.shape[-2] // rows, pixel_values.shape[-1] // columns))
+            kwargs.setdefault("num_prefix_tokens", prefix)
+        return super().forward(pixel_values, *args, **kwargs)
+
+
+def _patch_size(model: nn.Module) -> tuple[int, int]:
+    size = model.embeddings.patch_embeddings.patch_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def adopt(model: nn.Module) -> None:
+    """Turn the stock models inside `model` into their attn classes: the innermost one initialises missing parameters."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and not isinstance(module, AttnModelMixin):
+            module.__class__ = attn_class(type(module))
+
+
+@functools.cache
+def attn_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of `stock` with mechanisms."""
+    home = _home(stock.config_class.model_type)
+    return vars(home).get(f"Attn{stock.__name__}") or make_model(stock, home)
+
+
+def make_model(stock: type[PreTrainedModel], home: ModuleType) -> type[PreTrainedModel]:
+    """Create `Attn<stock>` in the module `home`."""
+    name = f"Attn{stock.__name__}"
+    config_class = attn_config_class(stock.config_class)
+    grid = (
+        (VisionGridMixin,) if stock.main_input_name == "pixel_values" and not stock.__name__.partition("For")[2] else ()
+    )
+    body = {
+        "__module__": home.__name__,
+        "__qualname__": name,
+        "__doc__": f"`transformers.{stock.__name__}` with a mechanism of hf_attn in every layer.\n\n"
+        f"Args:\n    config: an {config_class.__name__}, or a {stock.config_class.__name__}.\n"
+        "    attention_options: options of the mechanism that config.attention names.",
+        "stock_class": stock,
+        "config_class": config_class,
+    }
+    created = type(name, (AttnModelMixin, *grid, stock), body)
+    setattr(home, name, created)
+    return created
+
+
+def _home(model_type: str) -> ModuleType:
+    """The module the classes of a family live in: where pickle and a reader find them."""
+    name = f"hf_attn.models.{STATIC.get(model_type, 'generated')}"
+    # a family's own file calls back here while it is being imported
+    return sys.modules.get(name) or importlib.import_module(name)
+
+
+def define_family(
+    home: ModuleType, config: type[PreTrainedConfig], heads: tuple[type[PreTrainedModel], ...]
+) -> list[str]:
+    """Create a family's model classes in `home`, beside its config class; returns their names."""
+    config_class = attn_config_class(config)
+    setattr(home, config_class.__name__, config_class)
+    return [config_class.__name__, *(make_model(head, home).__name__ for head in heads)]
+
+
+@functools.cache
+def register_models(config_class: type[PreTrainedConfig]) -> None:
+    """Register the classes of a family with every Auto class that knows the stock family."""
+    from transformers.models.auto import image_processing_auto, modeling_auto, tokenization_auto
+
+    stock = config_class.stock_class
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if not name.startswith("AutoModel") or mapping is None or stock not in mapping:
+            continue
+        known = mapping[stock]
+        for head in known if isinstance(known, (tuple, list)) else (known,):
+            if head.config_class is stock:
+                auto.register(config_class, attn_class(head), exist_ok=True)
+                break
+    for mapping in (tokenization_auto.TOKENIZER_MAPPING, image_processing_auto.IMAGE_PROCESSOR_MAPPING):
+        if stock in mapping:
+            mapping.register(config_class, mapping[stock], exist_ok=True)
+
+
+def convert(model: PreTrainedModel, attention: str | dict[str, Any], **options: Any) -> PreTrainedModel:
+    """Give a loaded model other attention mechanisms, in place.
+
+    The model's own weights stay; the mechanisms' parameters start at their documented values. `save_pretrained` and
+    `from_pretrained` (of the Auto classes, or `type(model)`) keep the choice.
+
+    Args:
+        model: any model of transformers whose attention goes through AttentionInterface.
+        attention: a name, `{"name": ..., **options}`, or by layer: `{"default": "softmax", "2-9": "lara"}`.
+        options: options of the default mechanism.
+
+    Returns:
+        The same object.
+
+    Raises:
+        Unsupported: a mechanism does not define what a layer asks for; the model is unchanged.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise Unsupported(
+            "convert",
+            f"a {type(model).__name__} is not a transformers PreTrainedModel",
+            "Pass the model itself, not a wrapper",
+        )
+    if model.config.sub_configs:
+        parts = ", ".join(model.config.sub_configs)
+        raise Unsupported(
+            f"convert, {type(model).__name__}",
+            f"it is made of sub-models ({parts})",
+            "Convert one of its sub-models instead",
+        )
+    spec = attach(model, canonical(attention, options))
+    adopt_model(model, spec)
+    return model
+
+
+def adopt_model(model: PreTrainedModel, spec: Spec) -> None:
+    """Make `model`, whose mechanisms are attached, a member of its attn family."""
+    config = model.config
+    if not isinstance(config, AttnConfigMixin):
+        config.__class__ = attn_config_class(type(config))
+        register_models(type(config))
+        register_family(type(config).stock_class.model_type)
+    config.attention = spec
+    config._attn_implementation_internal = spec["default"]["name"]
+    adopt(model)

@@ -119,6 +119,8 @@ def run(
 
     weights = None
     if mask.segments is not None:
+        if wants_weights(kwargs):
+            raise Unsupported(mechanism.name, "output_attentions of packed sequences", "Pass one sequence a row")
         out = packed(mechanism, query, key, value, mask.segments, call)
     else:
         out = mechanism(query, key, value, **call)
@@ -153,7 +155,7 @@ def default_mechanism(
     if (name, heads, dim) in _stateless:
         return _stateless[name, heads, dim]
     if module in _defaults:
-        return _defaults[module].to(query.device)
+        return _defaults[module].to(query.device).train(module.training)
     remedy = f'Load the model with hf_attn\'s class (AttnBert..., AttnViT..., AttnGPT2...), or call hf_attn.convert(model, "{name}")'
     options = module_class.options_class.parse()
     capabilities = module_class.describe(options)
@@ -173,7 +175,7 @@ def default_mechanism(
         torch.manual_seed(getattr(module, "layer_idx", None) or 0)
         mechanism = module_class(heads, dim, options)
         mechanism.reset_parameters()
-    mechanism = mechanism.to(query.device).eval()
+    mechanism = mechanism.to(query.device).train(module.training)
     if not mechanism.state_dict():
         _stateless[name, heads, dim] = mechanism
     else:

@@ -23,7 +23,7 @@ def _mechanisms() -> None:
 def _families() -> None:
     configuration = importlib.import_module("hf_attn.models.configuration")
     for model_type in (*configuration.STATIC, *configuration.GENERATED):
-        configuration.register_family(model_type)
+        configuration.announce_family(model_type)
 
 
 ACTIONS: dict[str, Callable[[], None]] = {

@@ -17,6 +17,7 @@ large sums, so features of very different size (`feature_map="positive"`, long v
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,8 +34,8 @@ from hf_attn.options import Options
 from hf_attn.registry import Mechanism, register
 
 STICKS = ("stick_query", "stick_static")
-SAT_FROM = 1024
-"""Tokens per ring with a weight of its own from which "auto" takes the tables; measured on a 2-core CPU."""
+SAT_FROM = {"inference": 576, "training": 1600}
+"""Tokens per ring with a weight of its own from which "auto" takes the tables; measured on a 2-core CPU, r_cap 4."""
 SAT_NUMBERS = 1 << 24
 """Numbers in one table; more heads and samples take turns."""
 _NEGATIVE_INFINITY = float("-inf")
@@ -89,15 +90,14 @@ class RippleOptions(Options):
         if self.ripple_weights not in STICKS:
             for option, off in (("tau", 0), ("tail", "share")):
                 if getattr(self, option) != off:
-                    raise self.refuse(
-                        option, f"belongs to the stick forms, and ripple_weights={self.ripple_weights!r}", f"Leave {option} out."
-                    )
+                    rule = f"belongs to the stick forms, and ripple_weights={self.ripple_weights!r}"
+                    raise self.refuse(option, rule, f"Leave {option} out.")
         if self.num_features is not None:
             self.integer("num_features", 1)
             if self.feature_map == "mlp_fourier" and self.num_features % 2:
                 raise self.refuse("num_features", "must be even with feature_map='mlp_fourier' (cosines and sines)")
         if self.ripple_impl == "sat" and self.ripple_kernel == "softmax":
-            raise self.refuse("ripple_impl", "needs ripple_kernel='linear', and it is 'softmax'", "Use 'auto' or 'quadratic'.")
+            raise self.refuse("ripple_impl", "has no form for that kernel", "Use 'auto' or 'quadratic' with it.")
 
     @staticmethod
     def needs_cap(ripple_weights: str) -> bool:
@@ -140,9 +140,8 @@ class RippleAttention(AttentionModule):
         self.num_features = head_dim if options.num_features is None else options.num_features
         if self.feature_map == "mlp_fourier":
             if self.num_features % 2:
-                raise InvalidOption(
-                    f"ripple: feature_map='mlp_fourier' needs an even num_features, and head_dim={head_dim} is its default. Set num_features."
-                )
+                rule = f"num_features must be even with feature_map='mlp_fourier', its default is head_dim={head_dim}"
+                raise InvalidOption(f"ripple: {rule}. Set num_features.")
             self.feature = FourierFeatures(num_heads, self.num_features, head_dim)
         if self.feature_map == "positive":
             self.projection: Tensor
@@ -154,6 +153,7 @@ class RippleAttention(AttentionModule):
         causal = options.allow_1d and options.tau == 0 and options.tail == "share"
         prefix = options.ripple_cls != "none"
         learned = options.ripple_weights in (*STICKS, "softmax", "decay") or options.ripple_cls == "learned"
+        drawn = linear and options.feature_map == "positive"
         derived = (("1-D sequences", options.allow_1d), ("causal 1-D", causal), ("CLS token", prefix))
         return Capabilities(
             causal=causal,
@@ -162,10 +162,10 @@ class RippleAttention(AttentionModule):
             grid="used",
             prefix_tokens=prefix,
             learned=learned or (linear and options.feature_map == "mlp_fourier"),
-            random="feature directions: once at construction, saved" if linear and options.feature_map == "positive" else "",
+            random="feature directions: once at construction, saved" if drawn else "",
             attention_weights=True,
             derived=tuple(mode for mode, defined in derived if defined),
-            pays_from="not measured",
+            pays_from="none up to 7744 (2-core CPU, float32, D = 64, r_cap 4)",
         )
 
     @classmethod
@@ -193,28 +193,30 @@ class RippleAttention(AttentionModule):
             torch.nn.init.trunc_normal_(self.feature.proj.weight, std=0.02)
             torch.nn.init.zeros_(self.feature.proj.bias)
         if self.feature_map == "positive":
-            device = self.projection.device
-            draw_(self.projection, random_directions(self.num_heads, self.num_features, self.head_dim, options.orthogonal, device))
+            shape = self.projection.shape
+            draw_(self.projection, random_directions(*shape, options.orthogonal, self.projection.device))
 
     def _call(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Call:
         options, grid = self.options, arguments.get("grid")
+        prefix, refused = arguments.get("num_prefix_tokens", 0), None
         if grid is not None and min(grid) < 1:
             raise InvalidInput(f"ripple: grid={tuple(grid)} must be two numbers of at least 1.")
-        if arguments.get("is_causal"):
-            if grid is not None:
-                raise Unsupported(
-                    self.name, f"is_causal=True with grid={tuple(grid)}: rings of a grid have no causal order", "Leave is_causal out"
-                )
-            if options.tau > 0:
-                raise Unsupported(self.name, f"is_causal=True with tau={options.tau}: causal use needs fixed rings", "Set tau=0 and use r_cap")
-        if grid is None and options.allow_1d and options.tail == "spread":
-            raise Unsupported(self.name, "tail='spread' without a grid: the number of tail rings is not fixed", "Use tail='share'")
-        if query.shape[-2] != key.shape[-2]:
-            raise Unsupported(
-                self.name,
-                f"N={query.shape[-2]} queries and M={key.shape[-2]} keys: rings need queries and keys on the same grid",
-                "Pass as many keys as queries",
-            )
+        if query.dim() == key.dim() == 4 and query.shape[2] != key.shape[2]:
+            rule = f"N={query.shape[2]} queries and M={key.shape[2]} keys: rings need queries and keys on the same grid"
+            refused = rule, "Pass as many keys as queries"
+        elif arguments.get("is_causal") and grid is not None:
+            rule = f"is_causal=True with grid={tuple(grid)}: rings of a grid have no causal order"
+            refused = rule, "Leave is_causal out"
+        elif arguments.get("is_causal") and options.tau > 0:
+            refused = f"is_causal=True with tau={options.tau}: causal use needs fixed rings", "Set tau=0 and use r_cap"
+        elif grid is None and options.allow_1d and options.tail == "spread":
+            rule = "tail='spread' without a grid: the number of tail rings is not fixed"
+            refused = rule, "Pass a grid, or use tail='share'"
+        elif grid is not None and prefix and options.ripple_cls == "none":
+            rule = f"num_prefix_tokens={prefix} before the grid with ripple_cls='none'"
+            refused = rule, "Use ripple_cls='fixed' or 'learned', or drop the prefix tokens (mean pooling)"
+        if refused:
+            raise Unsupported(self.name, *refused)
         return super()._call(query, key, value, **arguments)
 
     # -- the definition --------------------------------------------------------------------------------------------
@@ -231,7 +233,8 @@ class RippleAttention(AttentionModule):
         if prefix:
             log_alpha[:, :, prefix:, :prefix] = self.log_prefix_weight(call)[:, None, None]
         for r, log_weight in enumerate(self.log_alpha_by_ring(call)):
-            log_alpha[:, :, prefix:, prefix:] = torch.where(ring == r, log_weight[..., None], log_alpha[:, :, prefix:, prefix:])
+            patches = log_alpha[:, :, prefix:, prefix:]
+            log_alpha[:, :, prefix:, prefix:] = torch.where(ring == r, log_weight[..., None], patches)
         reached = log_alpha > _NEGATIVE_INFINITY
         visible = call.visible()
         return masked_softmax(logits + log_alpha, reached if visible is None else reached & visible)
@@ -241,10 +244,9 @@ class RippleAttention(AttentionModule):
         options, farthest = self.options, self.farthest_ring(call)
         query = call.query[:, :, _geometry(call)[0] :]
         zero = query.new_zeros(query.shape[:3])
-        if options.ripple_weights == "uniform":
-            return [zero for _ in range(farthest + 1)]
-        if options.ripple_weights == "truncated":
-            return [zero if r < options.r_cap else zero + _NEGATIVE_INFINITY for r in range(farthest + 1)]
+        if options.ripple_weights in ("uniform", "truncated"):
+            reach = options.r_cap if options.ripple_weights == "truncated" else farthest + 1
+            return [zero if r < reach else zero + _NEGATIVE_INFINITY for r in range(farthest + 1)]
         if options.ripple_weights == "decay":
             rate = functional.logsigmoid(self.decay_logit.to(query.dtype))[:, None]
             cap = farthest if options.r_cap is None else options.r_cap
@@ -290,10 +292,11 @@ class RippleAttention(AttentionModule):
         """(H,) log weight that a query of the grid gives to a prefix key."""
         shared = self.options.r_cap + 1 if self.options.ripple_weights in (*STICKS, "softmax") else 1
         zero = call.query.new_zeros(self.num_heads)
-        return (self.cls_logit.to(zero.dtype) if self.options.ripple_cls == "learned" else zero) - zero.new_tensor(shared).log()
+        logit = self.cls_logit.to(zero.dtype) if self.options.ripple_cls == "learned" else zero
+        return logit - math.log(shared)
 
     def log_alpha(self, call: Call) -> Tensor:
-        """(B|1,H,N|1,r) log weights of rings 0, 1, ... for the grid's queries; the last is that of every ring beyond."""
+        """(B|1,H,N|1,r) log weights of rings 0, 1, ... for the grid's queries; the last holds for all beyond."""
         options, farthest = self.options, self.farthest_ring(call)
         query = call.query[:, :, _geometry(call)[0] :]
         cap = farthest if options.r_cap is None else min(options.r_cap, farthest)
@@ -320,7 +323,11 @@ class RippleAttention(AttentionModule):
         tail = log_left.gather(-1, last)
         if options.tail == "spread":
             tail = tail - (farthest - last + 1).to(tail.dtype).log()
-        return torch.where(torch.arange(sticks + 1, device=last.device) < last, log_alpha, tail)[..., : farthest + 1]
+        log_alpha = torch.where(torch.arange(sticks + 1, device=last.device) < last, log_alpha, tail)
+        if options.tau and not torch.compiler.is_compiling():
+            # no query has a weight of its own beyond the last threshold
+            farthest = min(farthest, int(last.max()))
+        return log_alpha[..., : farthest + 1]
 
     # -- the efficient forms ---------------------------------------------------------------------------------------
 
@@ -328,7 +335,8 @@ class RippleAttention(AttentionModule):
         log_alpha, options = self.log_alpha(call), self.options
         sat = options.ripple_impl == "sat" and not call.is_causal
         if options.ripple_impl == "auto" and self.feature_map in ("elu1", "mlp_fourier") and not call.is_causal:
-            sat = call.queries >= SAT_FROM * (log_alpha.shape[-1] - 1)
+            mode = "training" if torch.is_grad_enabled() else "inference"
+            sat = call.queries >= SAT_FROM[mode] * (log_alpha.shape[-1] - 1)
         return self._summed_area(call, log_alpha) if sat else self._quadratic(call, log_alpha)
 
     def _quadratic(self, call: Call, log_alpha: Tensor) -> Tensor:
@@ -349,7 +357,8 @@ class RippleAttention(AttentionModule):
         if self.options.ripple_kernel == "softmax":
             logits = call.scale * (call.query @ call.key.transpose(-1, -2))
         else:
-            logits, visible = _log_kernel(self.log_features(call.query, call), self.log_features(call.key, call), visible)
+            log_query, log_key = self.log_features(call.query, call), self.log_features(call.key, call)
+            logits, visible = _log_kernel(log_query, log_key, visible)
         return masked_softmax(logits + bias, visible) @ call.value
 
     def _summed_area(self, call: Call, log_alpha: Tensor) -> Tensor:
@@ -370,10 +379,6 @@ class RippleAttention(AttentionModule):
         top = torch.maximum(top, log_prefix.detach()) if prefix else top
         alpha = (log_alpha - top).exp()
         coefficient = torch.cat((alpha[..., :-1] - alpha[..., 1:], alpha[..., -1:]), dim=-1)
-        if self.options.tau and not torch.compiler.is_compiling():
-            # beyond the last threshold of all queries every coefficient is exactly zero, up to the last
-            rings = int((coefficient[..., :-1] != 0).flatten(0, -2).any(dim=0).sum())
-            coefficient = torch.cat((coefficient[..., :rings], coefficient[..., -1:]), dim=-1)
         coefficient = coefficient.expand(call.batch, -1, rows * columns, -1)
 
         grid_parts = [x[:, :, prefix:].flatten(0, 1) for x in (query, key, value)] + [coefficient.flatten(0, 1)]
@@ -454,28 +459,32 @@ def _boxes(query: Tensor, key: Tensor, value: Tensor, coefficient: Tensor, rows:
         result = result + coefficient[..., :1] * (query * key).sum(dim=-1, keepdim=True) * value
     if rings > 1:
         outer = (key[..., None] * value[:, :, None]).unflatten(1, (rows, columns))
-        table = functional.pad(outer.cumsum(dim=1).cumsum(dim=2), (0, 0, 0, 0, 1, 0, 1, 0))
+        table = functional.pad(outer.cumsum(dim=1).cumsum(dim=2), (0, 0, 0, 0, 1, 0, 1, 0)).unbind(1)
         for r in range(1, rings):
-            result = result + coefficient[..., r : r + 1] * _recomputed(_box, table, query, r)
+            result = result + coefficient[..., r : r + 1] * _recomputed(_box, query, r, *table)
     return result
 
 
-def _box(table: Tensor, query: Tensor, radius: int) -> Tensor:
-    """(G,N,D+1) phi(q)^T Box_radius from the table (G,rows+1,columns+1,F,D+1) of sums above and to the left."""
-    for dim in (1, 2):
-        size = table.shape[dim] - 1
-        place = torch.arange(size, device=table.device)
-        after, before = (place + radius + 1).clamp(max=size), (place - radius).clamp(min=0)
-        table = table.index_select(dim, after) - table.index_select(dim, before)
-    return (query[:, :, None] @ table.flatten(1, 2)).squeeze(2)
+def _box(query: Tensor, radius: int, *table: Tensor) -> Tensor:
+    """(G,N,D+1) phi(q)^T Box_radius; `table`: rows+1 parts (G,columns+1,F,D+1), sums of all above and to the left."""
+    rows, columns = len(table) - 1, table[0].shape[1] - 1
+    place = torch.arange(columns, device=query.device)
+    after, before = (place + radius + 1).clamp(max=columns), (place - radius).clamp(min=0)
+    result = []
+    # row by row: one row of boxes stays in the cache
+    for row, part in enumerate(query[:, :, None].split(columns, dim=1)):
+        band = table[min(row + radius + 1, rows)] - table[max(row - radius, 0)]
+        result.append(part @ (band.index_select(1, after) - band.index_select(1, before)))
+    return torch.cat(result, dim=1).squeeze(2)
 
 
 register(
     Mechanism(
         name="ripple",
         title="Ripple attention",
-        paper="Zheng, Pan, Kong, ICML 2022 (arXiv 2110.02453); reconstructed from the published description; no official code",
-        equation="out_n = sum_m alpha_ring(n,m) <phi(q_n), phi(k_m)> v_m / sum_m alpha_ring(n,m) <phi(q_n), phi(k_m)>,  "
+        paper="Zheng, Pan, Kong, ICML 2022 (arXiv 2110.02453); reconstructed from the published description; "
+        "no official code",
+        equation="out_n = sum_m w_nm v_m / sum_m w_nm,  w_nm = alpha_ring(n,m)(n) <phi(q_n), phi(k_m)>,  "
         "ring(n,m) = max(|row_m - row_n|, |column_m - column_n|)",
         module_class=RippleAttention,
         example={"r_cap": 3},

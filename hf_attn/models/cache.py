@@ -104,10 +104,10 @@ def state_layer(cache: Cache | EncoderDecoderCache, layer_idx: int | None, mecha
     if isinstance(layer, StateLayer):
         return layer
     if type(layer) is not DynamicLayer or layer.get_seq_length():
+        holds = "already holds keys and values" if type(layer) is DynamicLayer else f"is a {type(layer).__name__}"
         raise Unsupported(
             mechanism,
-            f"layer {layer_idx} of the cache is a {type(layer).__name__}{' that holds tokens' if layer is not None else ''}: "
-            "it keeps a constant-size state instead of keys and values",
+            f"layer {layer_idx} of the cache {holds}, and {mechanism} keeps a constant-size state instead",
             "Start from an empty DynamicCache (cache_implementation=None)",
         )
     cache.layers[layer_idx] = StateLayer()

@@ -127,6 +127,30 @@ def register_family(model_type: str) -> type[PreTrainedConfig]:
     return created
 
 
+def announce_family(model_type: str) -> None:
+    """`register_family`, put off until a checkpoint of the family is loaded.
+
+    AutoConfig is often imported in the middle of a stock config's own import, when its class cannot be derived from
+    yet; so AutoConfig gets a stand-in that becomes the real class when it is asked for a config.
+    """
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    class StandIn(PreTrainedConfig):
+        def __new__(cls, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+            return register_family(model_type)(*args, **kwargs)
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            return register_family(model_type).from_dict(config_dict, **kwargs)
+
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
+            return register_family(model_type).from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    StandIn.model_type = f"attn_{model_type}"
+    AutoConfig.register(StandIn.model_type, StandIn, exist_ok=True)
+
+
 def __getattr__(name: str) -> Any:
     """Config classes are made on first use; importing one by name (pickle does) makes it."""
     import transformers

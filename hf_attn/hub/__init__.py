@@ -1,0 +1,1 @@
+"""Publishing: model cards, and folders that are safe to upload."""

@@ -1,0 +1,1 @@
+"""Training methods on transformers' Trainer; `scripts/` and the command line call them."""

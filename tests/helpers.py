@@ -1,0 +1,52 @@
+"""Small models and calls that the tests build from the registry."""
+
+import torch
+
+import hf_attn
+
+GRID = (3, 5)
+HEADS, DIM = 2, 8
+
+BERT = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64}  # fmt: skip
+VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 12, "patch_size": 2, "encoder_stride": 2}  # fmt: skip
+GPT2 = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 98, "pad_token_id": 98}  # fmt: skip
+
+
+def module_of(name: str, dtype=torch.float64, **options):
+    """A small module of mechanism `name` in evaluation mode."""
+    mechanism = hf_attn.get_mechanism(name)
+    module = hf_attn.build(name, num_heads=HEADS, head_dim=DIM, **{**mechanism.example, **options})
+    for parameter in module.parameters():
+        # away from the start, where parts of a mechanism cancel
+        torch.nn.init.normal_(parameter, std=0.5)
+    return module.to(dtype).eval()
+
+
+def call_of(module, batch: int = 2, dtype=torch.float64, requires_grad: bool = False, keys: int | None = None):
+    """query, key, value and the call arguments every call of this mechanism needs."""
+    capabilities = module.capabilities
+    grid = {} if capabilities.sequence else {"grid": GRID}
+    length = GRID[0] * GRID[1]
+    tensors = [
+        torch.randn(batch, HEADS, n, DIM, dtype=dtype, requires_grad=requires_grad)
+        for n in (length, keys or length, keys or length)
+    ]
+    if capabilities.needs_layer_input:
+        grid["layer_input"] = torch.randn(batch, length, HEADS * DIM, dtype=dtype)
+    return tensors, grid
+
+
+def families_of(name: str) -> list[str]:
+    """The model families a mechanism can be used in, read from its record."""
+    from hf_attn.capabilities import Host
+
+    families = []
+    for family, facts in (("bert", {}), ("vit", {"grid": (6, 6), "num_prefix_tokens": 1}), ("gpt2", {"causal": True})):
+        mechanism = hf_attn.get_mechanism(name)
+        host = Host(model=family, num_heads=4, head_dim=8, layer_idx=0, max_length=64, **facts)
+        options = {**mechanism.module_class.host_defaults(host, {})}
+        capabilities = mechanism.module_class.describe(mechanism.options_class.parse(**options))
+        usable = (capabilities.causal or not host.causal) and (capabilities.sequence or host.grid is not None)
+        if usable:
+            families.append(family)
+    return families

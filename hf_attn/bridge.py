@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_attn.errors import Unsupported
+from hf_attn.errors import InvalidOption, Unsupported
 from hf_attn.masks import Packing, interpret, mask_interface
 from hf_attn.module import AttentionModule
 
@@ -113,9 +113,18 @@ def run(
             raise Unsupported(
                 mechanism.name, "a 4-D mask while decoding with a constant-size state", "Pass a 2-D attention_mask"
             )
+        weights = None
+        if wants_weights(kwargs):
+            if cache.state is not None:
+                raise Unsupported(
+                    mechanism.name,
+                    "output_attentions while decoding with a constant-size state: the past keys are gone",
+                    "Pass use_cache=False",
+                )
+            weights = mechanism.attention_weights(query, key, value, **call)
         del call["is_causal"]
         out, cache.state = mechanism.step(query, key, value, cache.state, **call)
-        return out.transpose(1, 2).contiguous(), None
+        return out.transpose(1, 2).contiguous(), weights
 
     weights = None
     if mask.segments is not None:
@@ -157,7 +166,14 @@ def default_mechanism(
     if module in _defaults:
         return _defaults[module].to(query.device).train(module.training)
     remedy = f'Load the model with hf_attn\'s class (AttnBert..., AttnViT..., AttnGPT2...), or call hf_attn.convert(model, "{name}")'
-    options = module_class.options_class.parse()
+    try:
+        options = module_class.options_class.parse()
+    except InvalidOption as error:
+        raise Unsupported(
+            f"{name} in {type(module).__name__}",
+            f"its options depend on the model's configuration, which a stock model does not pass ({error})",
+            remedy,
+        ) from error
     capabilities = module_class.describe(options)
     if capabilities.learned:
         raise Unsupported(

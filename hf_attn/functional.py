@@ -222,8 +222,10 @@ def _merge(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """Weighted mean over everything the parts saw; zeros where nothing was seen."""
     top = torch.stack([p[0] for p in parts]).amax(dim=0)
     share = [(p[0] - _finite(top)).exp() for p in parts]
-    mass = sum(s * p[1] for s, p in zip(share, parts, strict=True))
-    total = sum(s[..., None] * p[2] for s, p in zip(share, parts, strict=True))
+    mass = torch.stack([s * p[1] for s, p in zip(share, parts, strict=True)]).sum(dim=0)
+    total = torch.zeros_like(parts[0][2])
+    for s, p in zip(share, parts, strict=True):
+        total = total + s[..., None] * p[2]
     return total / torch.where(mass > 0, mass, 1)[..., None]
 
 

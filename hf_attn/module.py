@@ -69,6 +69,8 @@ class Call:
             visible = padding if visible is None else visible & padding
         if self.attention_mask is not None:
             dense = visible_pairs(self.attention_mask)
+            if dense is None:
+                raise InvalidInput("an additive attention_mask with biases besides 0 and minus infinity hides no pairs.")
             visible = dense if visible is None else visible & dense
         return visible
 

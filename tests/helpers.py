@@ -50,3 +50,26 @@ def families_of(name: str) -> list[str]:
         if usable:
             families.append(family)
     return families
+
+
+def inputs_of(model, labels: bool = False) -> dict[str, torch.Tensor]:
+    """A small batch for any head of the three families, the same every time; with padding where there is a mask."""
+    generator = torch.Generator().manual_seed(11)
+    name, config = type(model).__name__, model.config
+    if model.main_input_name == "pixel_values":
+        batch = {"pixel_values": torch.rand(2, 3, config.image_size, config.image_size, generator=generator)}
+        if "MaskedImage" in name:
+            patches = (config.image_size // config.patch_size) ** 2
+            batch["bool_masked_pos"] = torch.rand(2, patches, generator=generator) > 0.5
+        elif labels:
+            batch["labels"] = torch.tensor([0, 1])
+        return batch
+    shape = (2, 2, 10) if "MultipleChoice" in name or "DoubleHeads" in name else (2, 10)
+    batch = {"input_ids": torch.randint(1, 90, shape, generator=generator)}
+    if "DoubleHeads" in name:
+        return batch
+    batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
+    batch["attention_mask"][..., 1, -3:] = 0
+    if labels:
+        batch["labels"] = batch["input_ids"]
+    return batch

@@ -103,7 +103,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         eval_results=results,
     )
     auto_model, auto_processor = _AUTO_CLASSES[task]
-    text = {
+    text: dict[str, Any] = {
         "facts": facts,
         "repo": facts.repo_id or f"ORG/{facts.name}",
         "mechanisms": mechanisms,
@@ -176,7 +176,7 @@ def settings(arguments: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

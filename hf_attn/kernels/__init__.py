@@ -80,7 +80,7 @@ def choose(operation: str, requested: str, backends: Sequence[Backend], request:
         backend = next((b for b in backends if b.name == requested), None)
         if backend is None:
             names = [b.name for b in backends]
-            reason = f"it has no backend of this name{near(requested, names)}"
+            reason: str | None = f"it has no backend of this name{near(requested, names)}"
         else:
             reason = absent.get(requested) or backend.accepts(request)
             if reason is None:

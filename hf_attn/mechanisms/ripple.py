@@ -193,8 +193,8 @@ class RippleAttention(AttentionModule):
             torch.nn.init.trunc_normal_(self.feature.proj.weight, std=0.02)
             torch.nn.init.zeros_(self.feature.proj.bias)
         if self.feature_map == "positive":
-            shape = self.projection.shape
-            draw_(self.projection, random_directions(*shape, options.orthogonal, self.projection.device))
+            heads, features, dim = self.projection.shape
+            draw_(self.projection, random_directions(heads, features, dim, options.orthogonal, self.projection.device))
 
     def _call(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Call:
         options, grid = self.options, arguments.get("grid")
@@ -395,11 +395,11 @@ class RippleAttention(AttentionModule):
         # differences of sums can end below zero where the true mass is smaller than their rounding error
         floor = torch.finfo(mass.dtype).eps * (query @ total[..., -1:]).detach()
         out = result[..., :-1] / torch.where(mass > floor, mass, torch.where(floor > 0, floor, 1))
-        return out if call.key_padding_mask is None else torch.where(self._sees(call), out, 0)
+        return out if call.key_padding_mask is None else torch.where(self._sees(call, call.key_padding_mask), out, 0)
 
-    def _sees(self, call: Call) -> Tensor:
-        """(B,1,N,1) bool: the query has a key that is no padding and has a weight."""
-        mask, (prefix, rows, columns) = call.key_padding_mask, _geometry(call)
+    def _sees(self, call: Call, mask: Tensor) -> Tensor:
+        """(B,1,N,1) bool: the query has a key that is no padding (`mask`) and has a weight."""
+        prefix, rows, columns = _geometry(call)
         seen = mask.any(dim=1, keepdim=True).expand_as(mask)
         if self.options.ripple_weights == "truncated":
             radius = min(self.options.r_cap - 1, self.farthest_ring(call))

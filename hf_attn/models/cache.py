@@ -110,8 +110,8 @@ def state_layer(cache: Cache | EncoderDecoderCache, layer_idx: int | None, mecha
             f"layer {layer_idx} of the cache {holds}, and {mechanism} keeps a constant-size state instead",
             "Start from an empty DynamicCache (cache_implementation=None)",
         )
-    cache.layers[layer_idx] = StateLayer()
-    return cache.layers[layer_idx]
+    cache.layers[layer_idx] = created = StateLayer()
+    return created
 
 
 def cache_memory(cache: Cache) -> int:
@@ -120,6 +120,7 @@ def cache_memory(cache: Cache) -> int:
     for layer in cache.layers:
         if isinstance(layer, StateLayer):
             total += layer.memory()
-        elif isinstance(layer.keys, torch.Tensor):
-            total += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+        else:
+            held = (getattr(layer, "keys", None), getattr(layer, "values", None))
+            total += sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
     return total

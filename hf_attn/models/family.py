@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.utils import output_capturing
 
 from hf_attn.errors import Unsupported
 from hf_attn.models.configuration import STATIC, AttnConfigMixin, attn_config, attn_config_class, register_family
@@ -50,6 +52,14 @@ class AttnModelMixin:
             module.reset_parameters()
         else:
             super()._init_weights(module)
+
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> Any:
+        """`PreTrainedModel.save_pretrained`, by default under the names the parameters have in the model.
+
+        Trainer resumes, and takes its best checkpoint back, by these names; under a stock ViT's older names on disk it
+        would load nothing and say so in a log line only.
+        """
+        return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
     def set_attn_implementation(
         self,
@@ -91,6 +101,13 @@ def adopt(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not isinstance(module, AttnModelMixin):
             module.__class__ = attn_class(type(module))
+            # transformers noted under the stock class what output_attentions and output_hidden_states record
+            output_capturing._CAN_RECORD_REGISTRY[_registry_key(module)] = module._can_record_outputs
+
+
+def _registry_key(module: PreTrainedModel) -> Any:
+    """The key in transformers' registry of recorded outputs: the class's name, in newer releases the model itself."""
+    return module if hasattr(output_capturing, "_CanRecordRegistry") else str(type(module))
 
 
 @functools.cache
@@ -118,7 +135,20 @@ def make_model(stock: type[PreTrainedModel], home: ModuleType) -> type[PreTraine
     }
     created = type(name, (AttnModelMixin, *grid, stock), body)
     setattr(home, name, created)
+    inherit_renaming(stock.__name__, name)
+    inherit_renaming(stock.config_class.model_type, config_class.model_type)
     return created
+
+
+def inherit_renaming(stock: str, ours: str) -> None:
+    """Let `ours` (a class name or model type) read and write checkpoints under the names that `stock` has on disk.
+
+    transformers keeps the names of older checkpoints alive by class name and by model type: without this, a stock ViT
+    would load without its encoder, and only a log line would say so.
+    """
+    mapping = get_checkpoint_conversion_mapping(stock)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
 
 
 def _home(model_type: str) -> ModuleType:

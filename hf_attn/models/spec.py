@@ -37,10 +37,10 @@ def canonical(attention: str | dict[str, Any] | None, options: dict[str, Any] | 
     """
     if attention is None:
         attention = "softmax"
+    if not isinstance(attention, (str, dict)):
+        raise InvalidOption(f"attention must be a mechanism's name or a dict; got {attention!r}.")
     if isinstance(attention, str) or "name" in attention:
         attention = {"default": attention}
-    if not isinstance(attention, dict):
-        raise InvalidOption(f"attention must be a mechanism's name or a dict; got {attention!r}.")
     spec = {"default": _entry(attention.get("default", "softmax"), options)}
     for key, value in attention.items():
         if key != "default":

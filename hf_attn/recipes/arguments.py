@@ -55,10 +55,12 @@ class Recipe:
 
     Attributes:
         name: the name of the output folder; the model is called after it.
+        output: the output folder.
         given: every key that was set, as in the file.
     """
 
     name: str
+    output: Path
     model: ModelArguments
     data: DataArguments
     training: TrainingArguments
@@ -93,10 +95,10 @@ def read(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = Non
     if resume is not None and not Path(resume).is_dir():
         raise InvalidInput(f"resume_from_checkpoint={resume!r} is not a folder. Give a checkpoint-N folder of a run.")
     try:
-        model, data, training = HfArgumentParser(kinds).parse_dict(values)
+        model, data, training = HfArgumentParser(typing.cast(Any, kinds)).parse_dict(values)
     except (TypeError, ValueError) as error:
         raise InvalidOption(f"{path}: transformers refuses the training arguments: {error}") from error
-    return Recipe(name=output.name, model=model, data=data, training=training, given=values)
+    return Recipe(name=output.name, output=output, model=model, data=data, training=training, given=values)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:

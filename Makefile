@@ -1,0 +1,55 @@
+# Every target makes what it needs; the first one that needs it installs the pinned packages into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+OLDEST ?= .venv-oldest
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-oldest lint format bench gpu-test gpu-bench readme clean
+
+help: ## This list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/installed ## A virtual environment with the pinned packages
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+quickstart: install ## Train a ViT with ripple attention on 1797 digit images, reload it, pack it for the Hub
+	$(BIN)/hf-attn train configs/vit_ripple_digits.yaml
+
+test: lint ## Lint, types and the whole test suite
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+$(OLDEST)/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints-oldest.txt -e ".[test]"
+	@touch $@
+test-oldest: $(OLDEST)/installed ## The test suite with the oldest transformers that is supported
+	$(OLDEST)/bin/python -m pytest -n auto --maxprocesses 8
+
+lint: install ## Ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install ## Let ruff fix and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install ## Time and memory of every mechanism on this machine's CPU, gated by correctness
+	$(BIN)/python scripts/bench.py --device cpu --output docs/benchmarks/cpu
+
+gpu-test: ## Kernels against their definitions on a GPU, with the Python that is active
+	$(PYTHON) -m pytest -m gpu
+
+gpu-bench: ## Time and memory of every mechanism on a GPU, with the Python that is active
+	$(PYTHON) scripts/bench.py --device cuda --dtype bfloat16 --batch 8 --heads 12 --output docs/benchmarks/gpu
+
+readme: install ## Write the generated table of capabilities into README.md
+	$(BIN)/python scripts/update_readme.py
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) $(OLDEST) runs dist .pytest_cache .ruff_cache .mypy_cache

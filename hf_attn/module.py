@@ -70,7 +70,9 @@ class Call:
         if self.attention_mask is not None:
             dense = visible_pairs(self.attention_mask)
             if dense is None:
-                raise InvalidInput("an additive attention_mask with biases besides 0 and minus infinity hides no pairs.")
+                raise InvalidInput(
+                    "an additive attention_mask with biases besides 0 and minus infinity hides no pairs."
+                )
             visible = dense if visible is None else visible & dense
         return visible
 

@@ -36,7 +36,9 @@ def test_transformers_names_of_exact_attention_are_understood():
 
 def test_per_layer_choice_is_saved_and_restored(tmp_path):
     model = hf_attn.AttnBertForMaskedLM(
-        hf_attn.AttnBertConfig(**BERT, attn_implementation={"default": "softmax", "1": {"name": "rfa", "num_features": 8}})
+        hf_attn.AttnBertConfig(
+            **BERT, attn_implementation={"default": "softmax", "1": {"name": "rfa", "num_features": 8}}
+        )
     ).eval()
     assert hf_attn.layer_names(model) == ["softmax", "rfa"]
     model.save_pretrained(tmp_path)
@@ -98,7 +100,9 @@ def test_switching_in_place_keeps_the_weights():
     ],
 )
 def test_what_cannot_be_is_refused_at_construction_and_at_load(family, mechanism, options, error, words, tmp_path):
-    name = {"bert": "AttnBertForMaskedLM", "vit": "AttnViTForImageClassification", "gpt2": "AttnGPT2LMHeadModel"}[family]
+    name = {"bert": "AttnBertForMaskedLM", "vit": "AttnViTForImageClassification", "gpt2": "AttnGPT2LMHeadModel"}[
+        family
+    ]
     cls, sizes = getattr(hf_attn, name), {"bert": BERT, "vit": VIT, "gpt2": GPT2}[family]
     with pytest.raises(error, match=words):
         cls(cls.config_class(**sizes, attn_implementation=mechanism, attention_options=options))
@@ -116,7 +120,11 @@ def test_an_unknown_name_lists_what_is_registered():
 
 def test_cross_attention_of_a_mechanism_without_it_is_refused_at_construction():
     config = hf_attn.AttnBertConfig(
-        **BERT, is_decoder=True, add_cross_attention=True, attn_implementation="ripple", attention_options={"allow_1d": True, "r_cap": 3}
+        **BERT,
+        is_decoder=True,
+        add_cross_attention=True,
+        attn_implementation="ripple",
+        attention_options={"allow_1d": True, "r_cap": 3},
     )
     with pytest.raises(Unsupported, match="cross-attention"):
         hf_attn.AttnBertModel(config)

@@ -81,7 +81,9 @@ def test_a_mixed_choice_changes_the_model_and_survives_saving(model_type, tmp_pa
 
 def _auto(model):
     heads = {"MaskedLM": "AutoModelForMaskedLM", "ImageClassification": "AutoModelForImageClassification"}
-    return getattr(transformers, next((v for k, v in heads.items() if k in type(model).__name__), "AutoModelForCausalLM"))
+    return getattr(
+        transformers, next((v for k, v in heads.items() if k in type(model).__name__), "AutoModelForCausalLM")
+    )
 
 
 @every
@@ -149,7 +151,8 @@ def test_what_cannot_be_wrapped_says_why():
         hf_attn.convert(mamba, "rfa")
     clip = transformers.CLIPModel(
         transformers.CLIPConfig(
-            text_config={**SIZE, "num_hidden_layers": 1, "vocab_size": 99}, vision_config={**SIZE, "num_hidden_layers": 1, **IMAGE}
+            text_config={**SIZE, "num_hidden_layers": 1, "vocab_size": 99},
+            vision_config={**SIZE, "num_hidden_layers": 1, **IMAGE},
         )
     )
     with pytest.raises(Unsupported, match="text_config"):
@@ -159,7 +162,9 @@ def test_what_cannot_be_wrapped_says_why():
 
 
 def test_t5_biases_are_refused_instead_of_dropped():
-    t5 = transformers.T5EncoderModel(transformers.T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, vocab_size=9))
+    t5 = transformers.T5EncoderModel(
+        transformers.T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, vocab_size=9)
+    )
     with pytest.raises(Unsupported):
         hf_attn.convert(t5, "rfa")
         t5(torch.tensor([[1, 2, 3]]))

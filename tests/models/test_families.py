@@ -41,7 +41,9 @@ def test_every_head_of_transformers_is_there():
     for family, stock in (("bert", "Bert"), ("vit", "ViT"), ("gpt2", "GPT2")):
         module = getattr(transformers.models, family)
         known = {
-            n for n in getattr(module, f"modeling_{family}").__all__ if not n.endswith("PreTrainedModel") and n != "BertLayer"
+            n
+            for n in getattr(module, f"modeling_{family}").__all__
+            if not n.endswith("PreTrainedModel") and n != "BertLayer"
         }
         ours = {head.removeprefix("Attn") for f, head in HEADS if f == family}
         assert known == ours, f"{stock}: {known ^ ours}"

@@ -94,7 +94,9 @@ def test_pipelines_find_the_family_and_its_processors(tmp_path):
 
 
 @cases
-@pytest.mark.parametrize("arguments", [{"device_map": "cpu"}, {"device_map": "auto"}, {"low_cpu_mem_usage": True}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{"device_map": "cpu"}, {"device_map": "auto"}, {"low_cpu_mem_usage": True}], ids=str
+)
 def test_ways_of_loading(family, mechanism, arguments, tmp_path):
     model = model_of(family, mechanism).eval()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -151,7 +153,9 @@ def test_the_stock_class_takes_mechanisms_without_parameters(tmp_path):
         assert torch.isfinite(ours(**inputs_of(stock)).logits).all()
         softmax = AutoModelForMaskedLM.from_pretrained(tmp_path, attn_implementation="softmax").eval()
         sdpa = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
-        torch.testing.assert_close(softmax(**inputs_of(stock)).logits, sdpa(**inputs_of(stock)).logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            softmax(**inputs_of(stock)).logits, sdpa(**inputs_of(stock)).logits, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_the_stock_class_refuses_a_mechanism_with_parameters(tmp_path):
@@ -202,7 +206,9 @@ def test_masks_handed_in_by_the_user(mechanism):
         by_padding = model(ids, attention_mask=padding).logits
         as_4d = padding[:, None, None].bool().expand(2, 1, 8, 8)
         torch.testing.assert_close(model(ids, attention_mask=as_4d).logits[0], by_padding[0], rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(model(ids, attention_mask=as_4d).logits[1, :5], by_padding[1, :5], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            model(ids, attention_mask=as_4d).logits[1, :5], by_padding[1, :5], rtol=1e-9, atol=1e-9
+        )
         if not dense:
             with pytest.raises(Unsupported, match=f"{mechanism}.*mask"):
                 model(ids, attention_mask=blocks)

@@ -170,8 +170,10 @@ def define_family(
 @functools.cache
 def register_models(config_class: type[PreTrainedConfig]) -> None:
     """Register the classes of a family with every Auto class that knows the stock family."""
-    from transformers.models.auto import image_processing_auto, modeling_auto, tokenization_auto
+    from transformers.models.auto import modeling_auto, tokenization_auto
 
+    # transformers 5.17 hides this module from `from ... import` where torchvision is missing, and needs none itself
+    image_processing_auto = importlib.import_module("transformers.models.auto.image_processing_auto")
     stock = config_class.stock_class
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)

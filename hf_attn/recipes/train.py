@@ -222,7 +222,10 @@ def logits_of(model: PreTrainedModel, data: Dataset, batch_size: int) -> torch.T
 
 def check_reload(trained: PreTrainedModel, folder: Path, raw: Dataset, data: Dataset, batch_size: int) -> float:
     """Largest difference of logits between `trained` and what the Auto classes load from `folder`: 0, or an error."""
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
+
+    # from its own module: transformers 5.17 hides the public name where torchvision is missing
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     # a copy: weights read from a file lie at odd addresses, which changes the rounding of a matrix product
     reloaded = copy.deepcopy(AutoModelForImageClassification.from_pretrained(folder)).to(trained.device)

@@ -81,7 +81,7 @@ def test_switching_in_place_keeps_the_weights():
         assert hf_attn.layer_names(model) == ["softmax"] * 2
         exact = model(**inputs_of(model)).logits
         stock = BertForMaskedLM(BertConfig(**BERT)).eval()
-        stock.load_state_dict({k: v for k, v in model.state_dict().items()})
+        stock.load_state_dict(model.state_dict())
         torch.testing.assert_close(exact, stock(**inputs_of(stock)).logits, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(before, exact)
     model.set_attn_implementation("rfa", attention_options={"num_features": 4})

@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_attn.errors import InvalidInput, InvalidOption, UnknownMechanism, Unsupported
 from hf_attn.hub.pack import verify

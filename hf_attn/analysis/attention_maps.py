@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_attn import get_mechanism
-from hf_attn.errors import InvalidInput
+from hf_attn.errors import InvalidInput, Unsupported
 from hf_attn.samples import example_inputs, example_module, example_options, grid_of, seeded
 
 GRID = (8, 8)
@@ -81,6 +81,8 @@ def pattern(name: str, *, is_causal: bool = False, options: Mapping[str, Any] | 
     """
     with seeded(seed):
         module = example_module(name, num_heads=HEADS, head_dim=DIM, options=options).double()
+        if not module.capabilities.attention_weights:
+            raise Unsupported(name, "it has no N x M attention weights to draw", "Its equation says what it computes.")
         grid = grid_of(module, GRID)
         used = module.capabilities.grid == "used" and not (is_causal and module.capabilities.sequence)
         _, call = example_inputs(module, batch=BATCH, grid=grid, dtype=torch.float64)

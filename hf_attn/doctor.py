@@ -22,7 +22,7 @@ from hf_attn import get_mechanism, kernels, list_mechanisms
 from hf_attn.capabilities import Capabilities
 from hf_attn.errors import InvalidInput
 from hf_attn.module import AttentionModule
-from hf_attn.samples import example_inputs, example_module, grid_of, seeded
+from hf_attn.samples import example_inputs, example_module, seeded
 
 LIMITS = {"float64": (1e-10, 1e-8), "float32": (1e-5, 1e-4), "bfloat16": (0.02, 0.04), "float16": (0.004, 0.008)}
 """Precision -> the largest error of the result and of the gradients that passes."""
@@ -259,12 +259,11 @@ def compare(name: str, device: torch.device, dtype: torch.dtype, mode: str) -> t
 
 def _inputs(module: AttentionModule, dtype: torch.dtype, mode: str) -> dict[str, Any]:
     """The arguments of a call in this mode."""
-    (query, key, value), call = example_inputs(module, keys=9 if mode == "cross" else None, dtype=dtype)
+    keys = 9 if mode == "cross" else None
+    (query, key, value), call = example_inputs(module, keys=keys, on_grid=mode == "grid", dtype=dtype)
     inputs = {"query": query, "key": key, "value": value, **call}
     if mode == "causal" or not module.capabilities.bidirectional:
         inputs["is_causal"] = True
-    if mode == "grid":
-        inputs["grid"] = grid_of(module)
     if mode == "padding":
         mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool)
         mask[0, -4:] = False

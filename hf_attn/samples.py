@@ -1,7 +1,7 @@
 """Small modules and inputs of any mechanism, made from its record: for `doctor`, pictures, benchmarks and tests.
 
-What a call needs is read from the capabilities, so a new mechanism needs nothing here. A grid that the options fix
-(`grid_size`) wins over the one asked for.
+What a call needs is read from the capabilities and from options that every mechanism names alike (`grid_size`,
+`window_size`), so a new mechanism needs nothing here.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ def example_module(
 
 
 def grid_of(module: AttentionModule, grid: tuple[int, int] = GRID) -> tuple[int, int]:
-    """`grid`, unless the options of `module` fix another one."""
+    """The grid that fits the options of `module`: `grid_size`, or `grid` with sides that `window_size` divides."""
     rows, columns = getattr(module.options, "grid_size", None) or grid
-    return rows, columns
+    window = getattr(module.options, "window_size", None) or 1
+    return -(-rows // window) * window, -(-columns // window) * window
 
 
 def example_inputs(
@@ -60,6 +61,7 @@ def example_inputs(
     *,
     batch: int = 2,
     grid: tuple[int, int] = GRID,
+    on_grid: bool = False,
     keys: int | None = None,
     dtype: torch.dtype = torch.float32,
     requires_grad: bool = False,
@@ -68,24 +70,24 @@ def example_inputs(
 
     Args:
         batch: B.
-        grid: the tokens are those of this grid, N = rows * columns, also where the mechanism takes no grid.
+        grid: N is its rows times its columns.
+        on_grid: the tokens are those of a grid (`grid_of`), also where the mechanism takes sequences.
         keys: M, for cross-attention; N by default.
         dtype: of all floating-point tensors; they are on the CPU.
         requires_grad: of the same tensors.
 
     Returns:
-        [query (B,H,N,D), key (B,H,M,D), value (B,H,M,D)], and a dict with `grid` where a call without one is refused
-        and `layer_input` (B,N,H*D) where it is needed.
+        [query (B,H,N,D), key (B,H,M,D), value (B,H,M,D)], and a dict with `grid` where there is one and `layer_input`
+        (B,N,H*D) where it is needed.
     """
-    rows, columns = grid_of(module, grid)
+    on_grid = on_grid or not module.capabilities.sequence
+    rows, columns = grid_of(module, grid) if on_grid or getattr(module.options, "grid_size", None) else grid
     length, heads, dim = rows * columns, module.num_heads, module.head_dim
     tensors = [
         torch.randn(batch, heads, n, dim, dtype=dtype, requires_grad=requires_grad)
         for n in (length, keys or length, keys or length)
     ]
-    call: dict[str, Any] = {}
-    if not module.capabilities.sequence:
-        call["grid"] = (rows, columns)
+    call: dict[str, Any] = {"grid": (rows, columns)} if on_grid else {}
     if module.capabilities.needs_layer_input:
         call["layer_input"] = torch.randn(batch, length, heads * dim, dtype=dtype, requires_grad=requires_grad)
     return tensors, call

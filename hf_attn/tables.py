@@ -45,7 +45,7 @@ def _prefix(capabilities: Capabilities) -> str:
 
 
 def _decode(capabilities: Capabilities) -> str:
-    return {"none": NO, "full cache": "cache", "constant state": "state"}[capabilities.decode]
+    return {"none": NO, "full cache": "cache", "constant state": "state"}.get(capabilities.decode, capabilities.decode)
 
 
 def _pays_from(capabilities: Capabilities) -> str:

@@ -17,9 +17,9 @@ def module_of(name: str, dtype=torch.float64, **options):
     return example_module(name, options=options).to(dtype)
 
 
-def call_of(module, batch: int = 2, dtype=torch.float64, requires_grad: bool = False, keys: int | None = None):
-    """query, key, value and the call arguments every call of this mechanism needs."""
-    return example_inputs(module, batch=batch, dtype=dtype, requires_grad=requires_grad, keys=keys)
+def call_of(module, batch: int = 2, dtype=torch.float64, **changes):
+    """query, key, value and the call arguments every call of this mechanism needs; `changes` as in `example_inputs`."""
+    return example_inputs(module, batch=batch, dtype=dtype, **changes)
 
 
 def families_of(name: str) -> list[str]:

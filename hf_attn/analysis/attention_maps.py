@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_attn import get_mechanism
 from hf_attn.errors import InvalidInput, Unsupported
-from hf_attn.samples import example_inputs, example_module, example_options, grid_of, seeded
+from hf_attn.samples import example_inputs, example_module, example_options, seeded
 
 GRID = (8, 8)
 BATCH, HEADS, DIM = 4, 4, 16
@@ -83,17 +83,15 @@ def pattern(name: str, *, is_causal: bool = False, options: Mapping[str, Any] | 
         module = example_module(name, num_heads=HEADS, head_dim=DIM, options=options).double()
         if not module.capabilities.attention_weights:
             raise Unsupported(name, "it has no N x M attention weights to draw", "Its equation says what it computes.")
-        grid = grid_of(module, GRID)
-        used = module.capabilities.grid == "used" and not (is_causal and module.capabilities.sequence)
-        _, call = example_inputs(module, batch=BATCH, grid=grid, dtype=torch.float64)
-        tokens = _smooth(grid if used else (1, grid[0] * grid[1]))
-    if used:
-        call["grid"] = grid
+        on_grid = module.capabilities.grid == "used" and not (is_causal and module.capabilities.sequence)
+        (query, _, _), call = example_inputs(module, batch=BATCH, grid=GRID, on_grid=on_grid, dtype=torch.float64)
+        grid = call.get("grid")
+        tokens = _smooth(grid or (1, query.shape[2]))
     if "layer_input" in call:
         call["layer_input"] = tokens.transpose(1, 2).flatten(2)
     with torch.no_grad():
         weights = module.attention_weights(tokens, tokens, tokens, is_causal=is_causal, **call)
-    return Pattern(name, module.options.changed(), weights.mean(dim=(0, 1)), is_causal, grid if used else None)
+    return Pattern(name, module.options.changed(), weights.mean(dim=(0, 1)), is_causal, grid)
 
 
 def patterns(name: str, options: Mapping[str, Any] | None = None, seed: int = 0) -> list[Pattern]:

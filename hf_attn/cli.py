@@ -63,8 +63,9 @@ def list_command(
 ) -> None:
     """Print what every mechanism can do.
 
-    One row a mechanism, made from the records in the code. The tests run every cell: what is ticked works, what is not
-    is refused or has no effect. Rows hold for each mechanism's example options; `show` prints them for others.
+    One row a mechanism, made from the records in the code. The tests check every tick and every dash: what has a tick
+    works, what has a dash is refused or has no effect. A row holds for the mechanism's example options; `show` tells
+    what others change.
 
     - `grid`: rows and columns of tokens are used, or needed in every call
     - `CLS/prefix`: tokens before the grid have a place of their own; `plain`: they are ordinary tokens

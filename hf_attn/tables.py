@@ -55,11 +55,11 @@ def _pays_from(capabilities: Capabilities) -> str:
 CALLS = (
     Column("bidirectional", _flag("bidirectional"), "every token sees every token"),
     Column("causal", _flag("causal"), "a token sees itself and what came before"),
-    Column("padding", _flag("padding"), "exact: a padded token never matters"),
+    Column("padding", _flag("padding"), "a padded token never matters, exactly"),
     Column("packed", _flag("packed"), "several sequences in one row, each as if alone"),
     Column("cross", _flag("cross"), "keys of another sequence"),
     Column("grid", _grid, "rows and columns of tokens are used, or needed in every call"),
-    Column("CLS/prefix", _prefix, "tokens before the grid have a place of their own; plain: they are ordinary tokens"),
+    Column("CLS/prefix", _prefix, "tokens before the grid have a place of their own (plain: they are ordinary tokens)"),
     Column("decoding", _decode, "with the full cache, or with a state of constant size"),
 )
 """What a call may be."""
@@ -70,7 +70,11 @@ MODULE = (
     Column("dropout", _flag("dropout"), "attention dropout acts"),
     Column("compile", _flag("compile"), "torch.compile with fullgraph=True"),
     Column("export", _flag("export"), "torch.export"),
-    Column("pays from", _pays_from, "tokens from which it is faster than torch's own attention; where, see its page"),
+    Column(
+        "pays from",
+        _pays_from,
+        "tokens from which it is faster than torch's own attention (on which machine, its page says)",
+    ),
 )
 """What the module is."""
 COLUMNS = CALLS + MODULE
@@ -99,10 +103,10 @@ def readme_table() -> str:
             for name, cells in rows()
         ),
         "",
-        "The tests run every cell: what says ✓ works, what says – is refused or has no effect. Options can widen or narrow a row, "
-        "which holds for the mechanism's example options; `hf-attn show NAME --option KEY=VALUE` prints it for others.",
+        "The tests check every tick and every dash: ✓ works, – is refused or has no effect. A row holds for the mechanism's "
+        "example options; `hf-attn show NAME --option KEY=VALUE` tells what others change.",
         "",
-        *(f"- **{column.title}**: {column.legend}" for column in COLUMNS),
+        f"{'; '.join(f'**{column.title}**: {column.legend}' for column in COLUMNS)}.",
     ]
     if found := derived():
         modes = "; ".join(f"`{name}`: {', '.join(modes)}" for name, modes in found.items())

@@ -69,7 +69,7 @@ def list_command(
 
     - `grid`: rows and columns of tokens are used, or needed in every call
     - `CLS/prefix`: tokens before the grid have a place of their own; `plain`: they are ordinary tokens
-    - `decoding`: with the full `cache`, or with a `state` of constant size
+    - `decoding`: with the full `cache` of keys and values, or with a smaller `state` (`growing`: with the length)
     - `learned`: has parameters that a stock checkpoint lacks
     - `pays from`: tokens from which it is faster than torch's own attention
 

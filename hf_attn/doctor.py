@@ -172,7 +172,8 @@ class Report:
     @property
     def failures(self) -> list[Package | Check]:
         """What is not as it should be."""
-        return [entry for entry in (*self.packages, *self.checks) if not entry.passed]
+        entries: list[Package | Check] = [*self.packages, *self.checks]
+        return [entry for entry in entries if not entry.passed]
 
     def as_json(self) -> dict[str, Any]:
         """The report in plain JSON values."""

@@ -45,11 +45,13 @@ def _prefix(capabilities: Capabilities) -> str:
 
 
 def _decode(capabilities: Capabilities) -> str:
-    return {"none": NO, "full cache": "cache", "constant state": "state"}.get(capabilities.decode, capabilities.decode)
+    short = {"none": NO, "full cache": "cache", "constant state": "state", "growing state": "growing"}
+    return short.get(capabilities.decode, capabilities.decode)
 
 
 def _pays_from(capabilities: Capabilities) -> str:
-    return capabilities.pays_from.partition(" (")[0]
+    """The length alone: its conditions follow in brackets or after a colon."""
+    return re.split(r" \(|[:;,]", capabilities.pays_from)[0]
 
 
 CALLS = (
@@ -60,7 +62,11 @@ CALLS = (
     Column("cross", _flag("cross"), "keys of another sequence"),
     Column("grid", _grid, "rows and columns of tokens are used, or needed in every call"),
     Column("CLS/prefix", _prefix, "tokens before the grid have a place of their own (plain: they are ordinary tokens)"),
-    Column("decoding", _decode, "with the full cache, or with a state of constant size"),
+    Column(
+        "decoding",
+        _decode,
+        "with the full cache of keys and values, or with a smaller state (growing: with the length)",
+    ),
 )
 """What a call may be."""
 MODULE = (

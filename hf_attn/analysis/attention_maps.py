@@ -152,6 +152,8 @@ def _matrix(figure: Any, axes: Any, entry: Pattern) -> None:
 
 def _map(figure: Any, axes: Any, entry: Pattern) -> None:
     """The weights of one query at the places of its keys."""
+    from matplotlib.ticker import MaxNLocator
+
     weights = entry.on_grid()
     _image(figure, axes, weights, torch.ones_like(weights, dtype=torch.bool))
     row, column = divmod(entry.query, weights.shape[1])
@@ -159,8 +161,8 @@ def _map(figure: Any, axes: Any, entry: Pattern) -> None:
     axes.set_title(f"query at row {row}, column {column} (circle)", fontsize="medium")
     axes.set_xlabel("column of the key")
     axes.set_ylabel("row of the key")
-    axes.set_xticks(range(weights.shape[1]))
-    axes.set_yticks(range(weights.shape[0]))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, nbins=12))
 
 
 def _image(figure: Any, axes: Any, weights: Tensor, visible: Tensor) -> None:

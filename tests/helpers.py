@@ -3,9 +3,7 @@
 import torch
 
 import hf_attn
-from hf_attn.samples import DIM, GRID, HEADS, example_inputs, example_module
-
-__all__ = ["DIM", "GRID", "HEADS", "call_of", "families_of", "module_of"]
+from hf_attn.samples import DIM, GRID, HEADS, example_inputs, example_module  # noqa: F401  # tests take the sizes from here
 
 BERT = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64}  # fmt: skip
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 12, "patch_size": 2, "encoder_stride": 2}  # fmt: skip

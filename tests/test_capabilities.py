@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from helpers import DIM, GRID, HEADS, call_of, module_of
+from helpers import DIM, HEADS, call_of, module_of
 
 import hf_attn
 from hf_attn import Unsupported
@@ -174,15 +174,15 @@ def test_dense_mask(name, additive):
 @every
 def test_grid(name):
     module = module_of(name)
-    (q, k, v), call = call_of(module)
-    call["grid"] = GRID
+    (q, k, v), call = call_of(module, on_grid=True)
+    rows, columns = call["grid"]
     out = module(q, k, v, **call)
     if module.capabilities.grid == "ignored":
         call["grid"] = None
         close(out, module(q, k, v, **call), 0)
         return
     with pytest.raises(ValueError, match=f"{name}.*grid"):
-        module(q, k, v, **{**call, "grid": (GRID[0], GRID[1] + 1)})
+        module(q, k, v, **{**call, "grid": (rows, columns + 1)})
     if not module.capabilities.sequence:
         with pytest.raises(Unsupported, match=f"{name}.*grid"):
             module(q, k, v, **{**call, "grid": None})

@@ -69,7 +69,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=256, help="tokens a sample")
     parser.add_argument("--samples", type=int, default=8, help="samples of text")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/approximation"), help="where the table goes")
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/benchmarks/approximation"), help="where the table goes"
+    )
     arguments = parser.parse_args()
     layers = activations(arguments.length, arguments.samples)
     rows = {label: make for label, make in ROWS.items() if make(64)[0] in hf_attn.list_mechanisms()}

@@ -50,3 +50,26 @@ def test_a_page_lists_every_option(name):
 
 def test_there_are_no_pages_of_mechanisms_that_do_not_exist():
     assert {path.stem for path in PAGES.glob("*.md")} <= set(NAMES)
+
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"(<!-- not run: [^>]+-->\s*)?```python\n(.*?)```", re.DOTALL)
+EXAMPLES = [
+    pytest.param(code, id=f"{page.relative_to(ROOT)} {number}")
+    for page in DOCUMENTS
+    for number, (skipped, code) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
+    if not skipped
+]
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_examples_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "<example>", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_to_files_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target

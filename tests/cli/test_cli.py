@@ -20,7 +20,7 @@ from hf_attn.mechanisms.softmax import SoftmaxAttention
 
 ROOT = Path(__file__).parents[2]
 NAMES = hf_attn.list_mechanisms()
-COMMANDS = ("list", "show", "train", "doctor", "version")
+COMMANDS = ("list", "show", "train", "doctor", "bench", "version")
 
 
 def process(*arguments, code: str | None = None, **environment):

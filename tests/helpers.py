@@ -22,11 +22,16 @@ def module_of(name: str, dtype=torch.float64, **options):
     return module.to(dtype).eval()
 
 
-def call_of(module, batch: int = 2, dtype=torch.float64, requires_grad: bool = False, keys: int | None = None):
+def grid_of(module) -> tuple[int, int]:
+    """A small grid for this module: its windows divide the sides, where it has any."""
+    window = getattr(module.options, "window_size", None)
+    return GRID if window is None else (window, 2 * window)
+
+
+def call_of(module, batch=2, dtype=torch.float64, requires_grad=False, keys=None, length=GRID[0] * GRID[1]):
     """query, key, value and the call arguments every call of this mechanism needs."""
     capabilities = module.capabilities
     grid = {} if capabilities.sequence else {"grid": GRID}
-    length = GRID[0] * GRID[1]
     tensors = [
         torch.randn(batch, HEADS, n, DIM, dtype=dtype, requires_grad=requires_grad)
         for n in (length, keys or length, keys or length)

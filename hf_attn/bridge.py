@@ -110,15 +110,13 @@ def run(
 
     if cache is not None:
         if attention_mask is not None and attention_mask.dim() == 4 and mask.dense is not None:
-            raise Unsupported(
-                mechanism.name, "a 4-D mask while decoding with a constant-size state", "Pass a 2-D attention_mask"
-            )
+            raise Unsupported(mechanism.name, "a 4-D mask while decoding with a state", "Pass a 2-D attention_mask")
         weights = None
         if wants_weights(kwargs):
             if cache.state is not None:
                 raise Unsupported(
                     mechanism.name,
-                    "output_attentions while decoding with a constant-size state: the past keys are gone",
+                    "output_attentions while decoding with a state: the past keys are gone",
                     "Pass use_cache=False",
                 )
             weights = mechanism.attention_weights(query, key, value, **call)

@@ -18,6 +18,8 @@ class Capabilities:
     """Keys of another sequence (N != M without causal order)."""
     padding: bool = True
     """`key_padding_mask`, exact: a padded token never matters."""
+    left_padding: bool = True
+    """Tokens after padding give what they give alone; if not, only tokens before padding do (windows count places)."""
     packed: bool = False
     """Several sequences in one row, told apart by position_ids, exact: packed equals alone."""
     dense_mask: bool = False
@@ -27,7 +29,9 @@ class Capabilities:
     grid: Literal["ignored", "used"] = "ignored"
     prefix_tokens: bool = False
     """CLS or register tokens before the grid have a place of their own (only where the grid is used)."""
-    decode: Literal["none", "full cache", "constant state"] = "none"
+    decode: Literal["none", "full cache", "constant state", "growing state"] = "none"
+    """What a decoding step needs of the past: all keys and values, a state of constant size, or a state that grows by
+    less than a token's key and value with every token."""
     learned: bool = False
     """Has parameters that a stock checkpoint lacks."""
     random: str = ""
@@ -45,6 +49,11 @@ class Capabilities:
     """Modes that follow from the definition but are not in the paper."""
     pays_from: str = "not measured"
     """Length from which it is faster than SDPA, with the machine class, or why there is none."""
+
+    @property
+    def keeps_state(self) -> bool:
+        """Decoding goes through `step` and a state of its own, in place of the past keys and values."""
+        return self.decode in ("constant state", "growing state")
 
 
 @dataclass(frozen=True)

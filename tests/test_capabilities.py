@@ -143,7 +143,7 @@ def test_packed_equals_alone(name):
     module = module_of(name)
     (q, k, v), call = call_of(module, batch=2)
     if not module.capabilities.packed:
-        return  # the bridge refuses: tests/models/test_packing.py
+        return  # the bridge refuses: tests/test_bridge.py
     segments = torch.tensor([[0] * 4 + [1] * 3 + [2] * 8, [0] * 9 + [1] * 6])
     packing = Packing.of(segments)
     unpacked = [packing.unpack(x) for x in (q, k, v)]

@@ -16,7 +16,7 @@ import hf_attn.mechanisms  # noqa: F401  # registers them
 from hf_attn.bench.checks import Place, exact, rounding, sample
 from hf_attn.bench.timing import Step
 from hf_attn.capabilities import Host
-from hf_attn.errors import HfAttnError, Unsupported
+from hf_attn.errors import HfAttnError, InvalidOption, Unsupported
 from hf_attn.options import Options
 from hf_attn.registry import build, get_mechanism
 
@@ -149,7 +149,12 @@ class MechanismWorkload(Workload):
     def _options(self, case: Case, grid: tuple[int, int] | None) -> Options:
         host = Host("benchmark", case.heads, case.head_dim, 0, bool(case.causal), grid=grid, max_length=case.length)
         filled = self.record.module_class.host_defaults(host, self.given)
-        return self.record.options_class.parse(**{**self.record.example, **filled, **self.given})
+        options = {**filled, **self.given}
+        try:
+            return self.record.options_class.parse(**options)
+        except InvalidOption:
+            # an option without a default, or a wrong one: the second attempt says which
+            return self.record.options_class.parse(**{**self.record.example, **options})
 
     def module(self, case: Case) -> tuple[Any, Place]:
         """The mechanism for a case, and the call it is made for."""

@@ -167,12 +167,12 @@ def test_the_seed_decides_and_the_callers_generator_is_left_alone():
 # options, modes, cells that are not defined
 
 
-def test_options_come_from_the_user_then_the_host_then_the_example():
+def test_options_come_from_the_user_then_the_host_then_the_defaults():
     options = MechanismWorkload("ripple").resolve(replace(CASE, length=256))
     assert options[0].r_cap == 15 and options[1] == (16, 16)
     given = MechanismWorkload("ripple", {"r_cap": 4})
     assert given.resolve(CASE)[0].r_cap == 4 and given.label == "ripple:r_cap=4"
-    assert MechanismWorkload("rfa").setup(CASE).options == "num_features=32"
+    assert MechanismWorkload("rfa").setup(CASE).options == "", "its own defaults"
     flat = MechanismWorkload("ripple", {"allow_1d": True, "r_cap": 4})
     assert flat.resolve(replace(CASE, length=50))[1] is None
     assert list(flat.modes(None, CASE)) == [False, True]

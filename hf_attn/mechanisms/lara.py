@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -314,6 +314,8 @@ class LinearRandomizedAttention(AttentionModule):
 
     def attend(self, call: Call) -> Tensor:
         """Two stages of attention: from the w_j to the keys, then from the queries to the w_j."""
+        # read several times each: copied once where a model hands over strided views
+        call = replace(call, query=call.query.contiguous(), key=call.key.contiguous())
         q, s, mask, real = call.query, call.scale, call.key_padding_mask, None
         if mask is not None:
             # a sample without landmarks runs unmasked and is cleared at the end: no infinities, forward or backward

@@ -114,22 +114,22 @@ class RandomFeatureAttention(AttentionModule):
             self.num_heads, self.options.num_features, self.head_dim, self.options.orthogonal, device
         )
 
-    def z(self, call: Call, frozen: bool = False) -> Tensor:
+    def z(self, call: Call) -> Tensor:
         """The directions (H,F,D) of this call: given, drawn for it, or the saved ones."""
         z = call.extra.get("noise")
-        if z is None:
-            fresh = self.training and self.options.redraw == "fresh" and not frozen
-            z = self.directions(call.query.device) if fresh else self.projection
-        return z.to(call.query.dtype)
+        if z is not None:
+            return z
+        fresh = self.training and self.options.redraw == "fresh"
+        return self.directions(call.query.device) if fresh else self.projection
 
-    def log_features(self, call: Call, frozen: bool = False) -> tuple[Tensor, Tensor]:
-        """log phi of the queries (B,H,N,F) and of the keys (B,H,M,F)."""
+    def log_features(self, call: Call, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """log phi of the queries (B,H,N,F) and of the keys (B,H,M,F), by the directions z."""
         options = self.options
         if options.feature_map == "elu1":
             return log_elu1(call.query), log_elu1(call.key)
         if options.feature_map == "relu-only":
             return (call.query.relu() + 0.1).log(), (call.key.relu() + 0.1).log()
-        z = self.z(call, frozen)
+        z = (self.z(call) if z is None else z).to(call.query.dtype)
         if options.feature_map == "positive":
             return log_positive(call.query, z, call.scale), log_positive(call.key, z, call.scale)
         scale = (call.scale / options.num_features) ** 0.5
@@ -137,7 +137,7 @@ class RandomFeatureAttention(AttentionModule):
 
     def official_features(self, call: Call) -> tuple[Tensor, Tensor]:
         """phi of the official code, for queries (B,H,N,F) and keys (B,H,M,F); zero at padded keys."""
-        z, mask = self.z(call), call.key_padding_mask
+        z, mask = self.z(call).to(call.query.dtype), call.key_padding_mask
         hidden = None if mask is None else ~mask[:, None, :, None]
         return _official(call.query, z, call.scale, (-1,)), _official(call.key, z, call.scale, (-2, -1), hidden)
 
@@ -182,9 +182,16 @@ class RandomFeatureAttention(AttentionModule):
         return linear_attention(*self.log_features(call), call.value, call.key_padding_mask)
 
     def recurrent(self, call: Call, state: State | None) -> tuple[Tensor, State]:
-        # a state outlives the call, so it holds features of the saved directions, in training too
-        log_query, log_key = self.log_features(call, frozen=True)
-        return causal_linear_attention(log_query, log_key, call.value, call.key_padding_mask, state)
+        """A state is made of features, so it keeps directions that are not the saved ones for the steps to come."""
+        z = None
+        if self.options.feature_map in RANDOM_MAPS:
+            begins = state is None or "noise" in call.extra
+            z = self.z(call) if begins else state.get("directions", self.projection)
+        log_query, log_key = self.log_features(call, z)
+        out, new = causal_linear_attention(log_query, log_key, call.value, call.key_padding_mask, state)
+        if z is not None and z is not self.projection:
+            new["directions"] = z.expand(call.batch, -1, -1, -1)
+        return out, new
 
 
 def _official(x: Tensor, z: Tensor, scale: float, over: tuple[int, ...], hidden: Tensor | None = None) -> Tensor:

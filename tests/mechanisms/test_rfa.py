@@ -166,13 +166,21 @@ def test_learnable_directions_have_the_gradient_of_the_definition(feature_map):
     agree(efficient, naive, 1e-8)
 
 
-def test_a_training_module_decodes_with_the_saved_directions():
-    built, (q, k, v) = module(redraw="fresh").train(), tokens(M)
-    state, steps = None, []
+@pytest.mark.parametrize("given", [False, True])
+def test_a_state_keeps_the_directions_it_began_with(given):
+    built, (q, k, v), z = module(redraw="fresh").train(), tokens(M), normal(H, 6, D)
+    torch.manual_seed(3)
+    full = built(q, k, v, is_causal=True, **({"noise": z} if given else {}))
+    torch.manual_seed(3)
+    state, steps, sizes = None, [], set()
     for part in (slice(0, 6), slice(6, 7), slice(7, M)):
-        step, state = built.step(*(x[:, :, part] for x in (q, k, v)), state)
+        noise = {"noise": z} if given and part.start != 6 else {}
+        step, state = built.step(*(x[:, :, part] for x in (q, k, v)), state, **noise)
         steps.append(step)
-    agree(torch.cat(steps, dim=2), built.eval()(q, k, v, is_causal=True), 1e-12)
+        sizes.add(sum(t.numel() for t in state.values()))
+        assert all(t.shape[0] == B for t in state.values())
+    agree(torch.cat(steps, dim=2), full, 1e-12)
+    assert len(sizes) == 1 and (full - built.eval()(q, k, v, is_causal=True)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("features", [3, 4, 10])

@@ -185,6 +185,7 @@ def test_hidden_keys_are_never_drawn(case):
 def test_evaluation_is_expected_without_noise_unless_something_is_given():
     built, qkv = module(ra_samples=3).eval(), tokens()
     plain = built(*qkv)
+    assert built.directions(built._call(*qkv)).shape[2] == 1, "the same sample three times is wasted work"
     agree(plain, module(ra_proposal="expected", noise_std="none").train()(*qkv), 1e-12)
     index = torch.randint(M, (B, H, 3, N))
     for given in ({"noise": normal(B, H, 3, N, D)}, {"key_index": index}):

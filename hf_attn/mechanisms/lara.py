@@ -133,7 +133,7 @@ class LinearRandomizedAttention(AttentionModule):
             learned=options.learned,
             random="" if options.noise_std == "none" else f"noise of the proposals: {when}",
             attention_weights=True,
-            derived=("exact padding", "prefix tokens") if options.on_grid else ("exact padding",),
+            derived=("exact padding", "CLS token") if options.on_grid else ("exact padding",),
         )
 
     @classmethod

@@ -33,8 +33,10 @@ def random_directions(
     if torch.device(device or "cpu").type == "meta" or not orthogonal:
         return torch.randn(heads, features, dim, device=device)
     blocks = -(-features // dim)
-    square = torch.linalg.qr(torch.randn(heads, blocks, dim, dim, device=device)).Q.transpose(-1, -2)
-    rows = square.reshape(heads, blocks * dim, dim)[:, :features]
+    square, triangle = torch.linalg.qr(torch.randn(heads, blocks, dim, dim, device=device))
+    # QR is unique up to signs, and LAPACK's favour some directions; with a positive diagonal of R, Q favours none
+    square = square * torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1, 1)[..., None, :]
+    rows = square.transpose(-1, -2).reshape(heads, blocks * dim, dim)[:, :features]
     return rows * torch.randn(heads, features, dim, device=device).norm(dim=-1, keepdim=True)
 
 

@@ -129,11 +129,13 @@ def run(
         if wants_weights(kwargs):
             raise Unsupported(mechanism.name, "output_attentions of packed sequences", "Pass one sequence a row")
         out = packed(mechanism, query, key, value, mask.segments, call)
+    elif wants_weights(kwargs):
+        drops = call.pop("dropout", 0.0)
+        weights = mechanism.attention_weights(query, key, value, **call)
+        # one draw for both: a second call of a random mechanism in training would draw anew
+        out = mechanism(query, key, value, dropout=drops, **call) if drops else weights @ value
     else:
         out = mechanism(query, key, value, **call)
-        if wants_weights(kwargs):
-            call.pop("dropout", None)
-            weights = mechanism.attention_weights(query, key, value, **call)
     return out.transpose(1, 2).contiguous(), weights
 
 

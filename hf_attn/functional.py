@@ -8,7 +8,7 @@ or clamp enters the result.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_attn.module import State
 
@@ -81,6 +81,31 @@ def masked_softmax(logits: Tensor, visible: Tensor | None) -> Tensor:
         return logits.softmax(dim=-1)
     weights = logits.masked_fill(~visible, _NEGATIVE_INFINITY).softmax(dim=-1)
     return torch.where(visible.any(dim=-1, keepdim=True), weights, 0)
+
+
+class SummaryProjection(nn.Module):
+    """Linear, and LayerNorm unless `norm` is False, of a summary of tokens (...,D); computed in the summary's dtype."""
+
+    def __init__(self, dim: int, norm: bool = True):
+        super().__init__()
+        self.proj = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim) if norm else None
+
+    def reset_parameters(self) -> None:
+        """Weights truncated normal with deviation 0.02, biases 0, LayerNorm 1 and 0."""
+        nn.init.trunc_normal_(self.proj.weight, std=0.02)
+        nn.init.zeros_(self.proj.bias)
+        if self.norm is not None:
+            nn.init.ones_(self.norm.weight)
+            nn.init.zeros_(self.norm.bias)
+
+    def forward(self, summary: Tensor) -> Tensor:
+        dtype = summary.dtype
+        out = nn.functional.linear(summary, self.proj.weight.to(dtype), self.proj.bias.to(dtype))
+        if self.norm is None:
+            return out
+        weight, bias = self.norm.weight.to(dtype), self.norm.bias.to(dtype)
+        return nn.functional.layer_norm(out, self.norm.normalized_shape, weight, bias, self.norm.eps)
 
 
 CHUNK = 64

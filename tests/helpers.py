@@ -1,6 +1,7 @@
 """Small models and calls that the tests build from the registry."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_attn
 from hf_attn.samples import DIM, GRID, HEADS, example_inputs, example_module  # noqa: F401  # tests take the sizes from here
@@ -57,3 +58,16 @@ def inputs_of(model, labels: bool = False) -> dict[str, torch.Tensor]:
     if labels:
         batch["labels"] = batch["input_ids"]
     return batch
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the largest number of elements of any tensor that an operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from hf_attn.capabilities import Capabilities, Host
 from hf_attn.errors import InvalidInput, Unsupported
-from hf_attn.functional import masked_softmax
+from hf_attn.functional import SummaryProjection, masked_softmax
 from hf_attn.kernels import flash
 from hf_attn.masks import causal_order
 from hf_attn.module import AttentionModule, Call, State
@@ -123,22 +123,6 @@ class EvaOptions(Options):
         return rule, f"Sizes that do: {', '.join(map(str, _divisors(math.gcd(*sides))))}"
 
 
-class ChunkProjection(nn.Module):
-    """f of a chunk's mean query or key (...,D): Linear, and LayerNorm unless `norm` is False."""
-
-    def __init__(self, dim: int, norm: bool):
-        super().__init__()
-        self.proj = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim) if norm else None
-
-    def forward(self, mean: Tensor) -> Tensor:
-        out = functional.linear(mean, self.proj.weight.to(mean.dtype), self.proj.bias.to(mean.dtype))
-        if self.norm is None:
-            return out
-        weight, bias = self.norm.weight.to(mean.dtype), self.norm.bias.to(mean.dtype)
-        return functional.layer_norm(out, self.norm.normalized_shape, weight, bias, self.norm.eps)
-
-
 class EvaAttention(AttentionModule):
     """EVA: exact attention within windows, the rest of the sequence through one key and value for each chunk."""
 
@@ -149,8 +133,8 @@ class EvaAttention(AttentionModule):
     def __init__(self, num_heads: int, head_dim: int, options: EvaOptions):
         super().__init__(num_heads, head_dim, options)
         norm = options.adaptive_proj != "no-ln"
-        self.q_bar_gen = None if options.adaptive_proj == "none" else ChunkProjection(head_dim, norm)
-        self.k_bar_gen = ChunkProjection(head_dim, norm)
+        self.q_bar_gen = None if options.adaptive_proj == "none" else SummaryProjection(head_dim, norm)
+        self.k_bar_gen = SummaryProjection(head_dim, norm)
         if options.use_rpe:
             w, reach = options.window_size, options.reach
             shape = (2 * (w + reach) - 1,) * 2 if options.rpe_2d else (w, w + 2 * reach)
@@ -201,13 +185,11 @@ class EvaAttention(AttentionModule):
         return filled
 
     def reset_parameters(self) -> None:
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.zeros_(parameter)
-            elif name.endswith("norm.weight"):
-                torch.nn.init.ones_(parameter)
-            else:
-                torch.nn.init.trunc_normal_(parameter, std=0.02)
+        for generator in (self.q_bar_gen, self.k_bar_gen):
+            if generator is not None:
+                generator.reset_parameters()
+        if self.options.use_rpe:
+            torch.nn.init.trunc_normal_(self.rpe_table, std=0.02)
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, state: State | None, **call: Any) -> tuple[Tensor, State]:
         if call.get("noise") is not None:

@@ -21,11 +21,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from hf_attn.capabilities import Capabilities
 from hf_attn.errors import InvalidInput, Unsupported
+from hf_attn.functional import SummaryProjection
 from hf_attn.module import AttentionModule, Call
 from hf_attn.options import Options
 from hf_attn.registry import Mechanism, register
@@ -94,22 +95,6 @@ class LaraOptions(Options):
         return 2 if self.use_multisample else 1
 
 
-class LandmarkGenerator(nn.Module):
-    """Linear and LayerNorm on the last dimension, in the dtype of the input."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.proj = nn.Linear(channels, channels)
-        self.norm = nn.LayerNorm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias, scale, shift = (
-            p.to(x.dtype) for p in (self.proj.weight, self.proj.bias, self.norm.weight, self.norm.bias)
-        )
-        x = functional.linear(x, weight, bias)
-        return functional.layer_norm(x, self.norm.normalized_shape, scale, shift, self.norm.eps)
-
-
 class LinearRandomizedAttention(AttentionModule):
     """Linear randomized attention: softmax attention estimated from a few proposals made of landmarks."""
 
@@ -121,7 +106,7 @@ class LinearRandomizedAttention(AttentionModule):
         super().__init__(num_heads, head_dim, options)
         if options.learned:
             channels = head_dim * (num_heads if options.pool_module_type == "dense" else 1)
-            self.q_bar_gen, self.k_bar_gen = LandmarkGenerator(channels), LandmarkGenerator(channels)
+            self.q_bar_gen, self.k_bar_gen = SummaryProjection(channels), SummaryProjection(channels)
 
     @classmethod
     def describe(cls, options: LaraOptions) -> Capabilities:
@@ -152,10 +137,7 @@ class LinearRandomizedAttention(AttentionModule):
     def reset_parameters(self) -> None:
         if self.options.learned:
             for generator in (self.q_bar_gen, self.k_bar_gen):
-                torch.nn.init.trunc_normal_(generator.proj.weight, std=0.02)
-                torch.nn.init.zeros_(generator.proj.bias)
-                torch.nn.init.ones_(generator.norm.weight)
-                torch.nn.init.zeros_(generator.norm.bias)
+                generator.reset_parameters()
 
     def _call(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Call:
         grid = arguments.get("grid")
@@ -187,8 +169,8 @@ class LinearRandomizedAttention(AttentionModule):
             row = call.query.new_zeros(1, self.num_heads, call.queries, call.keys)
             if cells:
                 drawn = None if noise is None else noise[b : b + 1, :, :, list(cells)]
-                one = (x[b : b + 1] for x in (call.query, call.key, call.value))
-                row = row.index_copy(-1, real, self._sample_weights(call, *one, real, list(cells.values()), drawn))
+                q, k, v = (x[b : b + 1] for x in (call.query, call.key, call.value))
+                row = row.index_copy(-1, real, self._sample_weights(call, q, k, v, real, list(cells.values()), drawn))
             rows.append(row)
         return torch.cat(rows)
 
@@ -285,7 +267,7 @@ class LinearRandomizedAttention(AttentionModule):
             k_bar = logits.softmax(dim=-1) @ k_bar
         return q_bar, k_bar
 
-    def _generate(self, generator: LandmarkGenerator, x: Tensor) -> Tensor:
+    def _generate(self, generator: SummaryProjection, x: Tensor) -> Tensor:
         if self.options.pool_module_type == "light":
             return generator(x)
         return generator(x.transpose(1, 2).flatten(2)).unflatten(2, x.shape[1::2]).transpose(1, 2)
@@ -384,9 +366,9 @@ class LinearRandomizedAttention(AttentionModule):
 
     def _mean(self, call: Call, real: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
         """The function from tokens (B,H,N,D) to means (B,H,C,D), and which means have a real token."""
-        if not self.pools(call) and real is None:
-            return lambda x: _segment_means(x, self.slots(call)), None
         if not self.pools(call):
+            if real is None:
+                return lambda x: _segment_means(x, self.slots(call)), None
             member = _segments(real, self.options.num_landmarks, self.slots(call))
             count = member.sum(dim=-1, keepdim=True)
             average = (member.to(call.query.dtype) / count.clamp(min=1))[:, None]

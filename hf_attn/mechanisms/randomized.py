@@ -203,9 +203,10 @@ def _mask(call: Call) -> tuple[Tensor | None, Tensor]:
 
 def _mean_visible_key(call: Call) -> Tensor:
     """(B,H,N|1,D) mean of the keys each query sees; zero where it sees none."""
-    if call.attention_mask is not None:
-        visible = _mask(call)[0].to(call.key.dtype)
-        return (visible @ call.key) / visible.sum(-1, keepdim=True).clamp(min=1)
+    visible = None if call.attention_mask is None else _mask(call)[0]
+    if visible is not None:
+        share = visible.to(call.key.dtype)
+        return (share @ call.key) / share.sum(-1, keepdim=True).clamp(min=1)
     key, count = call.key, call.key.new_ones(1, 1, call.keys, 1)
     if call.key_padding_mask is not None:
         real = call.key_padding_mask[:, None, :, None]

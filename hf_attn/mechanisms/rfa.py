@@ -185,8 +185,10 @@ class RandomFeatureAttention(AttentionModule):
         """A state is made of features, so it keeps directions that are not the saved ones for the steps to come."""
         z = None
         if self.options.feature_map in RANDOM_MAPS:
-            begins = state is None or "noise" in call.extra
-            z = self.z(call) if begins else state.get("directions", self.projection)
+            if state is None or "noise" in call.extra:
+                z = self.z(call)
+            else:
+                z = state.get("directions", self.projection)
         log_query, log_key = self.log_features(call, z)
         out, new = causal_linear_attention(log_query, log_key, call.value, call.key_padding_mask, state)
         if z is not None and z is not self.projection:

@@ -6,9 +6,8 @@ import itertools
 
 import pytest
 import torch
-from helpers import BERT, GPT2, VIT
+from helpers import BERT, GPT2, VIT, Largest
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
 
 import hf_attn
@@ -306,19 +305,6 @@ def test_lower_precision(dtype, tolerance, generator, pool_module_type):
     out = built.to(dtype)(*(x.to(dtype) for x in qkv), **GRID)
     assert out.dtype == dtype
     agree(out.double(), expected, tolerance)
-
-
-class Largest(TorchDispatchMode):
-    """Keeps the largest number of elements of any tensor that an operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return out
 
 
 @pytest.mark.parametrize("masked", [False, True])

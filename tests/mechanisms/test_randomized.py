@@ -6,9 +6,8 @@ import itertools
 
 import pytest
 import torch
-from helpers import BERT, GPT2
+from helpers import BERT, GPT2, Largest
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import hf_attn
@@ -258,19 +257,6 @@ def test_long_vectors(proposal):
         out = built(factor * q, factor * k, v, **given)
         agree(out, built.naive(factor * q, factor * k, v, **given), 1e-9)
         assert out.abs().sum(-1).gt(0).all()
-
-
-class Largest(TorchDispatchMode):
-    """Keeps the largest number of elements of any tensor that an operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return out
 
 
 @pytest.mark.parametrize("proposal", ["expected", "uniform"])

@@ -86,13 +86,15 @@ class ToeplitzMask:
     def product(self, x: Tensor) -> Tensor:
         """By FFT, in float64: its error is relative to its largest number, and masks span orders of magnitude."""
         kernel = self.kernel if self.future is None else self.kernel.masked_fill(self.future, 0)
-        # the last of these is halved by the real FFT: the rows, since a sequence has no more
-        options = {"s": [1 << (n + m - 2).bit_length() for n, m in zip(self.queries, self.keys)][::-1], "dim": (-1, -2)}
-        signal = torch.fft.rfftn(x.double().movedim(2, -1).unflatten(-1, self.keys), **options)
-        full = torch.fft.irfftn(signal * torch.fft.rfftn(kernel.double(), **options)[:, None], **options)
-        (rows, columns), (first, second) = self.queries, (self.keys[0] - 1, self.keys[1] - 1)
-        full = full[..., first : first + rows, second : second + columns]
-        return full.flatten(-2).movedim(-1, 2).to(x.dtype)
+        axes = 1 if self.queries[1] == self.keys[1] == 1 else 2  # of one column the FFT would be many of length 1
+        queries, keys, kernel = self.queries[:axes], self.keys[:axes], kernel.double().flatten(axes)
+        options = {"s": [1 << (n + m - 2).bit_length() for n, m in zip(queries, keys)], "dim": tuple(range(-axes, 0))}
+        signal = x.transpose(-1, -2).contiguous().double().unflatten(-1, keys)
+        spectrum = torch.fft.rfftn(signal, **options) * torch.fft.rfftn(kernel, **options)[:, None]
+        full = torch.fft.irfftn(spectrum, **options)
+        for axis, n, m in zip(options["dim"], queries, keys):
+            full = full.narrow(axis, m - 1, n)
+        return full.flatten(-axes).to(x.dtype).transpose(-1, -2)
 
 
 @dataclass

@@ -43,7 +43,7 @@ from hf_attn.registry import Mechanism, register
 SEQUENCES = ("none", "toeplitz", "decay")
 TABLES = ("toeplitz", "block_toeplitz")
 GRAPHS = ("graph_kernel", "heat")
-STRUCTURED_FROM = {"toeplitz": 65536, "block_toeplitz": 65536, "tree": 16384, "decay": 512}
+STRUCTURED_FROM = {"toeplitz": 32768, "block_toeplitz": 32768, "tree": 16384, "decay": 512}
 """Keys from which the structured form (FFT, tree passes, chunked recurrence) replaces the tiled one; measured on one
 CPU thread, float32, D = 64. `fft_min_length` can only raise it."""
 _READ_BY = {

@@ -1,6 +1,7 @@
 """Structural masks on linear attention: Toeplitz, exponential decay, trees, kernels of graphs.
 
-The lemma behind the products: with kernel weights <phi(q_n), phi(k_m)>, masking costs one product with the mask per feature,
+The lemma behind the products: with kernel weights <phi(q_n), phi(k_m)>, masking costs one product with the mask for
+every feature and value column,
 
     sum_m mask_nm <phi(q_n), phi(k_m)> v_m = sum_f phi_f(q_n) [ mask (phi_f(k) v) ]_n
 """
@@ -86,7 +87,8 @@ class ToeplitzMask:
     def product(self, x: Tensor) -> Tensor:
         """By FFT, in float64: its error is relative to its largest number, and masks span orders of magnitude."""
         kernel = self.kernel if self.future is None else self.kernel.masked_fill(self.future, 0)
-        axes = 1 if self.queries[1] == self.keys[1] == 1 else 2  # of one column the FFT would be many of length 1
+        # the columns of a sequence need no FFT
+        axes = 1 if self.queries[1] == self.keys[1] == 1 else 2
         queries, keys, kernel = self.queries[:axes], self.keys[:axes], kernel.double().flatten(axes)
         options = {"s": [1 << (n + m - 2).bit_length() for n, m in zip(queries, keys)], "dim": tuple(range(-axes, 0))}
         signal = x.transpose(-1, -2).contiguous().double().unflatten(-1, keys)
@@ -123,7 +125,8 @@ class FactoredMask:
     def rows(self, rows: slice) -> Tensor:
         mask = self.left[:, rows] @ self.right.T
         if self.diagonal:
-            mask = mask + self.diagonal * torch.eye(len(self.right), dtype=mask.dtype, device=mask.device)[rows]
+            place = torch.arange(len(self.right), device=mask.device)
+            mask = mask + self.diagonal * (place[rows, None] == place)
         # entries are not negative, but their rounding errors are
         return mask.clamp(min=0).to(self.dtype)
 

@@ -388,7 +388,7 @@ class TopologicalAttention(AttentionModule):
         return functional.pad(mask, (prefix, 0, prefix, 0), value=1.0)
 
     def entries(self, index: tuple[Tensor | slice, ...], distance: Tensor) -> Tensor:
-        """(H, *distance.shape) entries of a Toeplitz mask, from the table at `index` or the polynomial of `distance`."""
+        """(H, *distance.shape) entries of a Toeplitz mask: the table at `index`, or the polynomial of `distance`."""
         if self.options.parametrization == "exp_poly":
             powers = torch.stack([distance**p for p in range(1, self.options.poly_degree + 1)])
             return torch.einsum("hp,p...->h...", self.coefficients.to(distance.dtype), powers).exp()

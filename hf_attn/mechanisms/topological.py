@@ -73,12 +73,15 @@ class TopologicalOptions(Options):
         grid_size: (rows, columns) of "block_toeplitz", and of the grid graph of "heat" and "graph_kernel".
         parent: tree: parent of each node, an earlier node, or -1 for a root.
         edge_lengths: tree: length of the edge to the parent; None = all 1.
-        edges, num_nodes: undirected graph of "heat" and "graph_kernel"; None = the 4-neighbour graph of grid_size.
+        edges: undirected graph of "heat" and "graph_kernel"; None = the 4-neighbour graph of grid_size.
+        num_nodes: nodes of the graph given by edges.
         walk_length: graph_kernel: nodes of a walk, the start counted.
-        walk_discount, walk_stop: factor per step, and probability of stopping before a step.
+        walk_discount: graph_kernel: factor for each step.
+        walk_stop: graph_kernel: probability of stopping before a step.
         walk_norm: power of the norm that rows of walk features are divided by; 1 makes the kernel a cosine.
         walk_sampling: "exact" expectation or "sampled" walks.
-        num_walks, seed: walks from each node, and their seed, for "sampled".
+        num_walks: walks from each node, for "sampled".
+        seed: of the sampled walks.
         fft_min_length: keys below which the dense form is used; the same numbers.
     """
 
@@ -286,8 +289,7 @@ class TopologicalAttention(AttentionModule):
         kind, grid, prefix = options.mask_type, options.grid_size, call.num_prefix_tokens
         if kind == "toeplitz" and max(call.queries, call.keys) > options.max_length:
             raise InvalidInput(
-                f"topological: {max(call.queries, call.keys)} tokens, and the table was built for max_length="
-                f"{options.max_length}. Set max_length, or use mask_type='decay'."
+                f"topological: {max(call.queries, call.keys)} tokens, and the table was built for max_length={options.max_length}. Set max_length, or use mask_type='decay'."
             )
         if options.size is None:
             return call
@@ -296,13 +298,11 @@ class TopologicalAttention(AttentionModule):
             raise Unsupported(self.name, rule, "Pass as many keys as queries")
         if grid is not None and call.grid is not None and tuple(call.grid) != tuple(grid):
             raise InvalidInput(
-                f"topological: grid={tuple(call.grid)}, and the mask was built for grid_size={tuple(grid)}. "
-                "Resize the input, or build the module for that grid."
+                f"topological: grid={tuple(call.grid)}, and the mask was built for grid_size={tuple(grid)}. Resize the input, or build the module for that grid."
             )
         if prefix < 0 or call.queries != prefix + options.size:
             raise InvalidInput(
-                f"topological: N={call.queries} tokens, and mask_type={kind!r} with num_prefix_tokens={prefix} needs "
-                f"{prefix} + {options.size}. Pass one token for each place of the structure."
+                f"topological: N={call.queries} tokens, and mask_type={kind!r} with num_prefix_tokens={prefix} needs {prefix} + {options.size}. Pass one token for each place of the structure."
             )
         return call
 

@@ -64,7 +64,7 @@ def linear_attention(
     """
     if key_padding_mask is not None:
         log_key = log_key.masked_fill(~key_padding_mask[:, None, :, None], _NEGATIVE_INFINITY)
-    reference = _finite(log_key.detach().amax(dim=2, keepdim=True))
+    reference = finite(log_key.detach().amax(dim=2, keepdim=True))
     weight = (log_key - reference).exp()
     mass = weight.sum(dim=2, keepdim=True)
     mass = torch.where(mass > 0, mass, 1)
@@ -187,8 +187,8 @@ def empty_state(log_key: Tensor, value: Tensor) -> State:
 def absorb(log_key: Tensor, value: Tensor, state: State) -> State:
     """`state` after keys that every later query sees."""
     reference = torch.maximum(state["reference"], log_key.detach().amax(dim=2))
-    weight = (log_key - _finite(reference)[:, :, None]).exp()
-    decay = (state["reference"] - _finite(reference)).exp()
+    weight = (log_key - finite(reference)[:, :, None]).exp()
+    decay = (state["reference"] - finite(reference)).exp()
     return {
         "reference": reference,
         "mass": state["mass"] * decay + weight.sum(dim=2),
@@ -214,7 +214,7 @@ def _causal_span(log_query: Tensor, log_key: Tensor, value: Tensor, state: State
     log_query, log_key, value = (x.unflatten(2, (chunks, size)) for x in (log_query, log_key, value))
 
     before, after = _states_between_chunks(log_key, value, state)
-    parts = [_seen_block(log_query, before)]
+    parts = [seen_block(log_query, before)]
     half = size // 2
     while half:
         q, k, v = (x.unflatten(3, (-1, 2, half)) for x in (log_query, log_key, value))
@@ -230,22 +230,22 @@ def _causal_span(log_query: Tensor, log_key: Tensor, value: Tensor, state: State
         half //= 2
     own = log_query + log_key
     top = own.detach().amax(dim=-1)
-    mass = (own - _finite(top)[..., None]).exp().sum(-1)
+    mass = (own - finite(top)[..., None]).exp().sum(-1)
     parts.append((top, mass, mass[..., None] * value))
-    return _merge(parts).flatten(2, 3)[:, :, :tokens], after
+    return merge_parts(parts).flatten(2, 3)[:, :, :tokens], after
 
 
 def _states_between_chunks(log_key: Tensor, value: Tensor, state: State) -> tuple[State, State]:
     """The states before each chunk (a chunk dimension after the heads), and the one after the last."""
     largest = log_key.detach().amax(dim=3)
-    weight = (log_key - _finite(largest)[:, :, :, None]).exp()
+    weight = (log_key - finite(largest)[:, :, :, None]).exp()
     largest = torch.cat((state["reference"][:, :, None], largest), dim=2)
     mass = torch.cat((state["mass"][:, :, None], weight.sum(dim=3)), dim=2)
     total = torch.cat((state["value"][:, :, None], weight.transpose(-1, -2) @ value), dim=2)
 
     reference = largest.cummax(dim=2).values
     # factor[f, i, j]: what chunk j's sums count for in the state after chunk i
-    factor = (largest[:, :, None] - _finite(reference)[:, :, :, None]).permute(0, 1, 4, 2, 3)
+    factor = (largest[:, :, None] - finite(reference)[:, :, :, None]).permute(0, 1, 4, 2, 3)
     factor = factor.masked_fill(
         torch.ones(factor.shape[-2:], dtype=torch.bool, device=factor.device).triu(1), _NEGATIVE_INFINITY
     ).exp()
@@ -255,10 +255,10 @@ def _states_between_chunks(log_key: Tensor, value: Tensor, state: State) -> tupl
     return {k: t[:, :, :-1] for k, t in states.items()}, {k: t[:, :, -1] for k, t in states.items()}
 
 
-def _seen_block(log_query: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
+def seen_block(log_query: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
     """What queries (...,T,F) gather from a state they see whole: log maximum, mass and weighted values relative to it."""
     reference = state["reference"][..., None, :]
-    logits = log_query + _finite(reference)
+    logits = log_query + finite(reference)
     top = logits.detach().amax(dim=-1)
     weight = (logits - top[..., None]).exp()
     top = torch.where(reference.amax(dim=-1) == _NEGATIVE_INFINITY, _NEGATIVE_INFINITY, top)
@@ -266,19 +266,19 @@ def _seen_block(log_query: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor
 
 
 def _seen_keys(log_query: Tensor, log_key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`_seen_block` for a block of keys (...,T,F), without its F x D state."""
+    """`seen_block` for a block of keys (...,T,F), without its F x D state."""
     reference = log_key.detach().amax(dim=-2, keepdim=True)
-    logits = log_query + _finite(reference)
+    logits = log_query + finite(reference)
     top = logits.detach().amax(dim=-1)
-    scores = (logits - top[..., None]).exp() @ (log_key - _finite(reference)).exp().transpose(-1, -2)
+    scores = (logits - top[..., None]).exp() @ (log_key - finite(reference)).exp().transpose(-1, -2)
     top = torch.where(reference.amax(dim=-1) == _NEGATIVE_INFINITY, _NEGATIVE_INFINITY, top)
     return top, scores.sum(-1), scores @ value
 
 
-def _merge(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+def merge_parts(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """Weighted mean over everything the parts saw; zeros where nothing was seen."""
     top = torch.stack([p[0] for p in parts]).amax(dim=0)
-    share = [(p[0] - _finite(top)).exp() for p in parts]
+    share = [(p[0] - finite(top)).exp() for p in parts]
     mass = torch.stack([s * p[1] for s, p in zip(share, parts, strict=True)]).sum(dim=0)
     total = torch.zeros_like(parts[0][2])
     for s, p in zip(share, parts, strict=True):
@@ -286,6 +286,6 @@ def _merge(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     return total / torch.where(mass > 0, mass, 1)[..., None]
 
 
-def _finite(reference: Tensor) -> Tensor:
+def finite(reference: Tensor) -> Tensor:
     """A reference to subtract: 0 in place of minus infinity, which stands for "no key yet"."""
     return torch.where(reference == _NEGATIVE_INFINITY, 0, reference)

@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hf_attn.functional import (
-    _finite,
-    _merge,
-    _seen_block,
     absorb,
     empty_state,
+    finite,
     log_kernel,
     masked_softmax,
+    merge_parts,
     recomputed,
+    seen_block,
 )
 from hf_attn.module import State
 
@@ -324,11 +324,11 @@ def decay_attention(
     place = torch.arange(size, device=key.device)
     rate = rate[:, None, None, None]
 
-    parts = [_seen_block(query - rate * (place + 1)[:, None], _states_before(seen, value, rate, state))]
+    parts = [seen_block(query - rate * (place + 1)[:, None], _states_before(seen, value, rate, state))]
     if not is_causal:
         after = _states_before(seen.flip(2, 3), value.flip(2, 3), rate, None)
         after = {name: tensor.flip(2) for name, tensor in after.items()}
-        parts.append(_seen_block(query - rate * (size - place)[:, None], after))
+        parts.append(seen_block(query - rate * (size - place)[:, None], after))
 
     visible = real[..., None, :].expand(-1, key.shape[1], -1, size, -1)
     if is_causal:
@@ -337,9 +337,9 @@ def decay_attention(
     logits = logits.unflatten(1, key.shape[1:3]) - rate * (place[:, None] - place).abs()
     logits = logits.masked_fill(~near.unflatten(1, key.shape[1:3]), _NEGATIVE_INFINITY)
     top = logits.detach().amax(dim=-1)
-    weight = (logits - _finite(top)[..., None]).exp()
+    weight = (logits - finite(top)[..., None]).exp()
     parts.append((top, weight.sum(dim=-1), weight @ value))
-    return _merge(parts).flatten(2, 3)[:, :, :tokens]
+    return merge_parts(parts).flatten(2, 3)[:, :, :tokens]
 
 
 def decay_state(
@@ -361,7 +361,7 @@ def _states_before(log_key: Tensor, value: Tensor, rate: Tensor, state: State | 
     state = empty_state(log_key[:, :, 0], value[:, :, 0]) if state is None else state
     log_key = log_key - rate * torch.arange(size - 1, -1, -1, device=log_key.device)[:, None]
     largest = log_key.detach().amax(dim=3)
-    weight = (log_key - _finite(largest)[:, :, :, None]).exp()
+    weight = (log_key - finite(largest)[:, :, :, None]).exp()
     reference = torch.cat((state["reference"][:, :, None], largest), dim=2)[:, :, :chunks]
     mass = torch.cat((state["mass"][:, :, None], weight.sum(dim=3)), dim=2)[:, :, :chunks]
     total = torch.cat((state["value"][:, :, None], weight.transpose(-1, -2) @ value), dim=2)[:, :, :chunks]
@@ -371,7 +371,7 @@ def _states_before(log_key: Tensor, value: Tensor, rate: Tensor, state: State | 
         earlier = pad(reference[:, :, :-span], (0, 0, span, 0), value=_NEGATIVE_INFINITY)
         earlier = earlier - span * size * rate[..., 0]
         top = torch.maximum(reference, earlier).detach()
-        own, past = (reference - _finite(top)).exp(), (earlier - _finite(top)).exp()
+        own, past = (reference - finite(top)).exp(), (earlier - finite(top)).exp()
         mass = own * mass + past * pad(mass[:, :, :-span], (0, 0, span, 0))
         total = own[..., None] * total + past[..., None] * pad(total[:, :, :-span], (0, 0, 0, 0, span, 0))
         reference, span = top, 2 * span

@@ -173,7 +173,7 @@ def test_07_the_hypercube_gains_with_its_size():
 @pytest.mark.parametrize("self_loops", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_search_equals_powers_of_the_step_matrix(seed, self_loops, monkeypatch):
-    monkeypatch.setattr("hf_attn.analysis.nip.EDGES_AT_ONCE", 300)  # several groups of sources
+    monkeypatch.setattr(sys.modules["hf_attn.analysis.nip"], "EDGES_AT_ONCE", 300)  # several groups of sources
     generator = np.random.default_rng(seed)
     graph = named_graph("ring", 31) | (generator.random((31, 31)) < 0.03 * seed)  # not symmetric
     found = nip(graph, self_loops)

@@ -20,7 +20,7 @@ from hf_attn.mechanisms.softmax import SoftmaxAttention
 
 ROOT = Path(__file__).parents[2]
 NAMES = hf_attn.list_mechanisms()
-COMMANDS = ("list", "show", "train", "doctor", "bench", "version")
+COMMANDS = ("list", "show", "train", "doctor", "bench", "nip", "version")
 
 
 def process(*arguments, code: str | None = None, **environment):
@@ -218,3 +218,28 @@ def test_wrong_usage(arguments, run, tmp_path):
     assert "Error" in done.stderr or "Usage" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_nip_compares_a_pattern_with_the_known_ones(run, tmp_path):
+    done = run("nip", "--pattern", "hypercube", "--length", "64", "--json")
+    rows = json.loads(done.stdout)
+    assert done.exit_code == 0 and rows[0]["pattern"] == "hypercube" and len(rows) == 6
+    assert next(row for row in rows if row["pattern"] == "complete")["relative"] == pytest.approx(1)
+    drawn = run(
+        "nip", "--pattern", "bigbird", "--length", "32", "-o", "w=3", "-o", "g=1", "-o", "r=2", "--picture", "b.png"
+    )
+    assert drawn.exit_code == 0 and drawn.stdout.count("bigbird") == 2
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+    wrong = run("nip", "--pattern", "hypercub")
+    assert wrong.exit_code == 1 and "hypercube" in wrong.stderr
+
+
+def test_bench_prints_a_ratio_and_refuses_wrong_arguments(run, tmp_path):
+    done = run(
+        "bench", "softmax", "--lengths", "32", "--bidirectional", "--no-backward", "--no-memory", "--output", "here"
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "softmax" in done.stdout and (tmp_path / "here" / "bench_attention.csv").is_file()
+    assert run("bench", "softmax", "--lengths", "a,b").exit_code == 2
+    wrong = run("bench", "sofmax")
+    assert wrong.exit_code == 1 and "did you mean 'softmax'" in wrong.stderr

@@ -225,7 +225,7 @@ register(
         name="hypercube",
         title="Hypercube attention",
         paper="Wang, Lee, Guo, Yin, Zhou, Huang, Qiu, ICML 2022 (arXiv 2205.14014)",
-        equation="out_n = softmax_m(s <q_n, k_m>) . v  over the keys m with  popcount(gray(place(n)) xor gray(place(m))) <= 1,  "
+        equation="out_n = softmax_m(s <q_n, k_m>) . v over the keys m with popcount(gray(place(n)) xor gray(place(m))) <= 1,  "
         "place(n) = floor(n / block_size), gray(p) = p xor floor(p / 2)",
         module_class=HypercubeAttention,
         example={"block_size": 2},

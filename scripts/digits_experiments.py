@@ -105,9 +105,9 @@ class Classifier(nn.Module):
         return self.head(self.vit(pixels).last_hidden_state[:, 1:].mean(dim=1))
 
 
-def accuracy(experiment: Experiment, row: tuple[str, dict[str, Any]], positions: bool, seed: int, data: Any) -> float:
-    """Test accuracy after training with `seed`."""
-    (train_x, train_y), (test_x, test_y) = data
+def fit(experiment: Experiment, row: tuple[str, dict[str, Any]], positions: bool, seed: int, data: Any) -> Classifier:
+    """A classifier trained with `seed`."""
+    train_x, train_y = data[0]
     torch.manual_seed(seed)
     model = Classifier(experiment, *row, positions)
     optimizer = torch.optim.AdamW(model.parameters(), lr=experiment.learning_rate, weight_decay=0.05)
@@ -122,7 +122,13 @@ def accuracy(experiment: Experiment, row: tuple[str, dict[str, Any]], positions:
             loss.backward()
             optimizer.step()
             schedule.step()
-    model.eval()
+    return model.eval()
+
+
+def accuracy(experiment: Experiment, row: tuple[str, dict[str, Any]], positions: bool, seed: int, data: Any) -> float:
+    """Test accuracy after training with `seed`."""
+    model = fit(experiment, row, positions, seed, data)
+    test_x, test_y = data[1]
     with torch.no_grad():
         return (model(test_x).argmax(-1) == test_y).double().mean().item()
 

@@ -48,6 +48,13 @@ def test_a_page_lists_every_option(name):
         )
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_shows_the_attention_map(name):
+    if hf_attn.get_mechanism(name).capabilities.attention_weights:
+        text = (PAGES / f"{name}.md").read_text(encoding="utf-8")
+        assert f"(../images/{name}.png)" in text, "python scripts/attention_pictures.py draws it"
+
+
 def test_there_are_no_pages_of_mechanisms_that_do_not_exist():
     assert {path.stem for path in PAGES.glob("*.md")} <= set(NAMES)
 

@@ -7,8 +7,11 @@ or clamp enters the result.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hf_attn.module import State
 
@@ -79,6 +82,33 @@ def masked_softmax(logits: Tensor, visible: Tensor | None) -> Tensor:
         return logits.softmax(dim=-1)
     weights = logits.masked_fill(~visible, _NEGATIVE_INFINITY).softmax(dim=-1)
     return torch.where(visible.any(dim=-1, keepdim=True), weights, 0)
+
+
+def log_kernel(log_query: Tensor, log_key: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """log <phi(q), phi(k)> (B,H,N,N) up to a constant per query, and the mask; one matrix product.
+
+    The features of a token are taken relative to its largest. Pairs whose features hardly overlap would underflow;
+    those get the exact sum, or, in compiled code, where shapes may not depend on data, weight zero.
+    """
+    query_top, key_top = log_query.detach().amax(dim=-1, keepdim=True), log_key.detach().amax(dim=-1, keepdim=True)
+    product = (log_query - query_top).exp() @ (log_key - key_top).exp().transpose(-1, -2)
+    small = product < torch.finfo(product.dtype).tiny ** 0.8
+    logits = torch.where(small, 1, product).log() + key_top.transpose(-1, -2)
+    if torch.compiler.is_compiling():
+        return logits, ~small if visible is None else visible & ~small
+    wanted = small if visible is None else small & visible
+    if wanted.any():
+        b, h, n, m = wanted.nonzero(as_tuple=True)
+        exact = torch.logsumexp(log_query[b, h, n] - query_top[b, h, n] + log_key[b, h, m], dim=-1)
+        logits = logits.index_put((b, h, n, m), exact)
+    return logits, visible
+
+
+def recomputed(function: Any, *arguments: Any) -> Tensor:
+    """`function(*arguments)`; the backward pass computes it again instead of keeping its tables."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return function(*arguments)
 
 
 CHUNK = 64

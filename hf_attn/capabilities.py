@@ -18,6 +18,8 @@ class Capabilities:
     """Keys of another sequence (N != M without causal order)."""
     padding: bool = True
     """`key_padding_mask`, exact: a padded token never matters."""
+    padding_length: bool = False
+    """How many places are padded can matter (a budget that follows the padded length); what they hold never does."""
     packed: bool = False
     """Several sequences in one row, told apart by position_ids, exact: packed equals alone."""
     dense_mask: bool = False

@@ -123,8 +123,9 @@ def test_padded_equals_truncated_equals_alone(name, is_causal):
     masks[1, length - 6 :] = False
     masks[2, :6] = False
     out = module(q, k, v, key_padding_mask=masks, **call)
-    close(out[1:2, :, : length - 6], module(*(x[1:2, :, : length - 6] for x in (q, k, v)), **call))
-    close(out[2:3, :, 6:], module(*(x[2:3, :, 6:] for x in (q, k, v)), **call))
+    if not module.capabilities.padding_length:
+        close(out[1:2, :, : length - 6], module(*(x[1:2, :, : length - 6] for x in (q, k, v)), **call))
+        close(out[2:3, :, 6:], module(*(x[2:3, :, 6:] for x in (q, k, v)), **call))
     close(out[:1], module(q[:1], k[:1], v[:1], **call))
 
 

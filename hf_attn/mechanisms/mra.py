@@ -200,9 +200,9 @@ class MultiResolutionAttention(AttentionModule):
             rank = self._rank(logits, dead, level, call).masked_fill(~there, _NEGATIVE_INFINITY).flatten(2)
             first = rank.argsort(dim=-1, descending=True, stable=True)[..., :number]
             split = torch.zeros_like(rank, dtype=torch.bool).scatter(2, first, True).view_as(logits)
-            if self.options.mode == "full" or side == sides[-1]:
+            if self.options.mode == "full" or level == len(sides) - 1:
                 log_weight = torch.where(_spread(there & ~split & ~dead, side), _spread(logits, side), log_weight)
-            if side != sides[-1]:
+            if level < len(sides) - 1:
                 there = _spread(split, side // sides[level + 1])
         visible = log_weight > _NEGATIVE_INFINITY
         if blocks.real_query is not None:

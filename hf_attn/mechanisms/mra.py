@@ -204,7 +204,7 @@ class MultiResolutionAttention(AttentionModule):
                 log_weight = torch.where(_spread(there & ~split & ~dead, side), _spread(logits, side), log_weight)
             if level < len(sides) - 1:
                 there = _spread(split, side // sides[level + 1])
-        visible = log_weight > _NEGATIVE_INFINITY
+        visible = log_weight != _NEGATIVE_INFINITY
         if blocks.real_query is not None:
             visible = visible & blocks.real_query[:, None, :, None]
         if blocks.real_key is not None:
@@ -244,14 +244,8 @@ class MultiResolutionAttention(AttentionModule):
         side = self.options.sides[0]
         real_key = _real(call.key_padding_mask, call.key, side)
         real_query = real_key if self._masks_queries(call) else _real(None, call.query, side)
-        query, key, value = (
-            functional.pad(x, (0, 0, 0, -x.shape[2] % side)) for x in (call.scale * call.query, call.key, call.value)
-        )
-        if real_query is not None:
-            query = query.masked_fill(~real_query[:, None, :, None], 0)
-        if real_key is not None:
-            key, value = (x.masked_fill(~real_key[:, None, :, None], 0) for x in (key, value))
-        return Blocks(query, key, value, real_query, real_key)
+        query = _filled(call.scale * call.query, real_query)
+        return Blocks(query, _filled(call.key, real_key), _filled(call.value, real_key), real_query, real_key)
 
     def _logits(self, blocks: Blocks, side: int) -> Tensor:
         """L (B,H,nx,ny) of all blocks of one side."""
@@ -262,7 +256,8 @@ class MultiResolutionAttention(AttentionModule):
         options, rank = self.options, logits.detach()
         if options.selection == "row_normalised":
             rank = rank - rank.amax(dim=-1, keepdim=True)
-        rank = rank - DEAD * dead
+        # a NaN has no order; first of all, as for topk and argsort, but one that can be compared
+        rank = torch.where(rank.isnan(), math.inf, rank) - DEAD * dead
         if level:
             return rank
         x = torch.arange(rank.shape[2], device=rank.device)[:, None]
@@ -323,9 +318,8 @@ class MultiResolutionAttention(AttentionModule):
         key, value = (_means(x, blocks.real_key, side) for x in (blocks.key, blocks.value))
         count = self._log_count(blocks, side).expand(*split.shape[:2], -1)
         index = _indices(split.flatten(2), number)
-        heads = max(
-            1, GATHERED.get(key.device.type, 1 << 26) // max(1, number * (key.shape[2] // columns) * key.shape[3])
-        )
+        numbers = number * (key.shape[2] // columns) * key.shape[3]
+        heads = max(1, GATHERED.get(key.device.type, 1 << 26) // max(1, numbers))
         parts = zip(*(x.flatten(0, 1).split(heads) for x in (query, key, value, count, index)), strict=True)
         sums = [recomputed(_gathered, *part, rows, columns) for part in parts]
         return Sums(*(torch.cat(x).unflatten(0, split.shape[:2]) for x in zip(*sums, strict=True)))
@@ -344,6 +338,13 @@ def _real(mask: Tensor | None, x: Tensor, side: int) -> Tensor | None:
         return None
     mask = torch.ones(1, x.shape[2], dtype=torch.bool, device=x.device) if mask is None else mask
     return functional.pad(mask, (0, empty))
+
+
+def _filled(x: Tensor, real: Tensor | None) -> Tensor:
+    """x (B,H,N,D) at the N' places of `real`, zero where no real token stands."""
+    if real is None:
+        return x
+    return functional.pad(x, (0, 0, 0, real.shape[1] - x.shape[2])).masked_fill(~real[:, None, :, None], 0)
 
 
 def _means(x: Tensor, real: Tensor | None, side: int) -> Tensor:
@@ -386,8 +387,7 @@ def _indices(chosen: Tensor, number: int) -> Tensor:
     """(...,number) the places of the `number` True entries of every row, ascending."""
     length = chosen.shape[-1]
     from_end = torch.where(chosen, torch.arange(length, 0, -1, device=chosen.device), 0)
-    # where a NaN left fewer, stay inside
-    return (length - from_end.topk(number, dim=-1).values).clamp(max=length - 1)
+    return length - from_end.topk(number, dim=-1).values
 
 
 def _gathered(query: Tensor, key: Tensor, value: Tensor, count: Tensor, index: Tensor, rows: int, columns: int) -> Sums:
@@ -399,12 +399,16 @@ def _gathered(query: Tensor, key: Tensor, value: Tensor, count: Tensor, index: T
     row, column = (head * rows + index // columns).flatten(), (head * columns + index % columns).flatten()
     query = query.unflatten(1, (rows, -1)).flatten(0, 1)
     key, value, count = (x.unflatten(1, (columns, -1)).flatten(0, 1) for x in (key, value, count))
-    logits = query.index_select(0, row) @ key.index_select(0, column).mT + count.index_select(0, column)[:, None]
-    top = query.new_full(query.shape[:2], _NEGATIVE_INFINITY)
-    top = top.scatter_reduce(0, row[:, None].expand(-1, top.shape[1]), logits.detach().amax(dim=-1), "amax")
-    weight = (logits - _finite(top).index_select(0, row)[..., None]).exp()
-    mass = torch.zeros_like(top).index_add(0, row, weight.sum(dim=-1))
-    total = torch.zeros_like(query).index_add(0, row, weight @ value.index_select(0, column))
+    # what stays is made before what goes: the memory of the gathered tensors is then free in one piece
+    total, mass = torch.zeros_like(query), query.new_zeros(query.shape[:2])
+    top = torch.full_like(mass, _NEGATIVE_INFINITY)
+    logits = query.index_select(0, row) @ key.index_select(0, column).mT
+    logits += count.index_select(0, column)[:, None]
+    top.scatter_reduce_(0, row[:, None].expand(-1, top.shape[1]), logits.detach().amax(dim=-1), "amax")
+    logits -= _finite(top).index_select(0, row)[..., None]
+    weight = logits.exp_()
+    mass.index_add_(0, row, weight.sum(dim=-1))
+    total.index_add_(0, row, weight @ value.index_select(0, column))
     return Sums(*(x.unflatten(0, (-1, rows)).flatten(1, 2) for x in (top, mass, total)))
 
 
@@ -414,7 +418,8 @@ def _merge(coarse: Sums, fine: Sums) -> Sums:
     first, second = Sums(*(x.unsqueeze(3) for x in coarse)), Sums(*(x.unflatten(2, (-1, ratio)) for x in fine))
     top = torch.maximum(first.top, second.top)
     a, b = ((part.top - _finite(top)).exp() for part in (first, second))
-    mass, total = a * first.mass + b * second.mass, a[..., None] * first.total + b[..., None] * second.total
+    mass = a * first.mass + b * second.mass
+    total = torch.addcmul(b[..., None] * second.total, a[..., None], first.total)
     return Sums(*(x.flatten(2, 3) for x in (top, mass, total)))
 
 

@@ -18,8 +18,8 @@ class Capabilities:
     """Keys of another sequence (N != M without causal order)."""
     padding: bool = True
     """`key_padding_mask`, exact: a padded token never matters."""
-    left_padding: bool = True
-    """Tokens after padding give what they give alone; if not, only tokens before padding do (windows count places)."""
+    padding_equals_cutting: Literal["anywhere", "at the end", "nowhere"] = "anywhere"
+    """Where padding gives real tokens what they give with it cut off; windows and blocks count the places before."""
     packed: bool = False
     """Several sequences in one row, told apart by position_ids, exact: packed equals alone."""
     dense_mask: bool = False

@@ -21,7 +21,7 @@ CASES = sorted(GOLDEN.glob("*/*.safetensors"))
 REFUSED = [case for path in sorted(GOLDEN.glob("refused_*.json")) for case in json.loads(path.read_text())]
 
 PENDING = {
-    "mra", "context_pool", "vars",
+    "context_pool", "vars",
     "relu2", "laplace", "softmax_plus", "mixed_chunk", "gau", "flash_gau",
     "generalized", "deformable", "dynamic_conv", "relative_2d",
     "deformable_conv2d", "augmented_conv2d", "dual_consistency",

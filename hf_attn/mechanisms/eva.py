@@ -148,7 +148,7 @@ class EvaAttention(AttentionModule):
         when = "each forward" if options.noise_at_eval else "each training forward"
         return Capabilities(
             causal=causal,
-            left_padding=False,
+            padding_equals_cutting="at the end",
             packed=sequence and c is not None and options.window_size % c == 0,
             sequence=sequence,
             grid="used",

@@ -62,7 +62,7 @@ class HypercubeAttention(AttentionModule):
     def describe(cls, options: HypercubeOptions) -> Capabilities:
         return Capabilities(
             causal=True,
-            left_padding=False,
+            padding_equals_cutting="at the end",
             packed=True,
             decode="full cache",
             attention_weights=True,

@@ -295,7 +295,7 @@ def test_right_padding_equals_cutting_and_left_padding_by_whole_windows_does(cal
         left = built(*qkv, key_padding_mask=mask, **call)[:, :, shift:]
         alone = built(*(x[:, :, shift:] for x in qkv), **call)
         assert torch.allclose(left, alone, rtol=1e-12, atol=1e-12) == same, "windows and chunks keep their places"
-    assert not built.capabilities.left_padding
+    assert built.capabilities.padding_equals_cutting == "at the end"
 
 
 @kinds

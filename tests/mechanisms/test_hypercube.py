@@ -204,7 +204,7 @@ def test_padding_at_the_end_equals_alone_whatever_its_length(causal):
 def test_padding_at_the_start_shifts_the_places_as_recorded():
     built, qkv, mask = module(), tokens(40), (torch.arange(40) >= 3).expand(B, 40)
     out = built(*qkv, key_padding_mask=mask)[:, :, 3:]
-    assert not built.capabilities.left_padding
+    assert built.capabilities.padding_equals_cutting == "at the end"
     assert (out - built(*(x[:, :, 3:] for x in qkv))).abs().max() > 0.01
     agree(built(*qkv, key_padding_mask=mask), built.naive(*qkv, key_padding_mask=mask))
 

@@ -29,7 +29,7 @@ ROWS = {
     "randomized, expected": lambda budget: ("randomized", {}),
     "lara, seg-means": lambda budget: ("lara", {"num_landmarks": budget, "proposal_gen": "seg-means"}),
     "eva, window": lambda budget: ("eva", {"window_size": budget, "chunk_size": 8, "adaptive_proj": "none"}),
-    "mra, blocks": lambda budget: ("mra", {"block_size": 16, "blocks_per_row": budget // 16}),
+    "mra, blocks": lambda budget: ("mra", {"block_size": 16, "block_per_row": budget // 16}),
     "hypercube, block": lambda budget: ("hypercube", {"block_size": budget}),
 }
 """Row of the table -> the mechanism and its options at a budget: features, landmarks, samples or keys per query."""

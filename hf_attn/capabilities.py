@@ -24,7 +24,7 @@ class Capabilities:
     """Any boolean or additive (B,1|H,N,M) mask."""
     sequence: bool = True
     """Calls without a grid."""
-    grid: Literal["ignored", "used"] = "ignored"
+    grid: Literal["ignored", "used", "refused"] = "ignored"
     prefix_tokens: bool = False
     """CLS or register tokens before the grid have a place of their own (only where the grid is used)."""
     decode: Literal["none", "full cache", "constant state"] = "none"

@@ -36,6 +36,13 @@ def call_of(module, batch: int = 2, dtype=torch.float64, requires_grad: bool = F
     return tensors, grid
 
 
+def part_of(call: dict, row: int, tokens: slice) -> dict:
+    """The call arguments of one row's `tokens`."""
+    if "layer_input" not in call:
+        return call
+    return {**call, "layer_input": call["layer_input"][row : row + 1, tokens]}
+
+
 def families_of(name: str) -> list[str]:
     """The model families a mechanism can be used in, read from its record."""
     from hf_attn.capabilities import Host

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from helpers import DIM, GRID, HEADS, call_of, module_of
+from helpers import DIM, GRID, HEADS, call_of, module_of, part_of
 
 import hf_attn
 from hf_attn import Unsupported
@@ -123,9 +123,9 @@ def test_padded_equals_truncated_equals_alone(name, is_causal):
     masks[1, length - 6 :] = False
     masks[2, :6] = False
     out = module(q, k, v, key_padding_mask=masks, **call)
-    close(out[1:2, :, : length - 6], module(*(x[1:2, :, : length - 6] for x in (q, k, v)), **call))
-    close(out[2:3, :, 6:], module(*(x[2:3, :, 6:] for x in (q, k, v)), **call))
-    close(out[:1], module(q[:1], k[:1], v[:1], **call))
+    for row, part in ((1, slice(length - 6)), (2, slice(6, length)), (0, slice(length))):
+        alone = module(*(x[row : row + 1, :, part] for x in (q, k, v)), **part_of(call, row, part))
+        close(out[row : row + 1, :, part], alone)
 
 
 @every
@@ -146,8 +146,11 @@ def test_packed_equals_alone(name):
     segments = torch.tensor([[0] * 4 + [1] * 3 + [2] * 8, [0] * 9 + [1] * 6])
     packing = Packing.of(segments)
     unpacked = [packing.unpack(x) for x in (q, k, v)]
-    out = packing.pack(module(*unpacked, key_padding_mask=packing.key_padding, **call))
-    alone = module(q[:1, :, 4:7], k[:1, :, 4:7], v[:1, :, 4:7], **call)
+    batched = dict(call)
+    if "layer_input" in call:
+        batched["layer_input"] = packing.unpack(call["layer_input"][:, None])[:, 0]
+    out = packing.pack(module(*unpacked, key_padding_mask=packing.key_padding, **batched))
+    alone = module(q[:1, :, 4:7], k[:1, :, 4:7], v[:1, :, 4:7], **part_of(call, 0, slice(4, 7)))
     close(out[:1, :, 4:7], alone)
     for x, y in zip((q, k, v), unpacked):
         close(packing.pack(y), x)
@@ -176,6 +179,10 @@ def test_grid(name):
     module = module_of(name)
     (q, k, v), call = call_of(module)
     call["grid"] = GRID
+    if module.capabilities.grid == "refused":
+        with pytest.raises(Unsupported, match=f"{name}.*grid"):
+            module(q, k, v, **call)
+        return
     out = module(q, k, v, **call)
     if module.capabilities.grid == "ignored":
         call["grid"] = None

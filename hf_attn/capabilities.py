@@ -27,7 +27,8 @@ class Capabilities:
     grid: Literal["ignored", "used", "refused"] = "ignored"
     prefix_tokens: bool = False
     """CLS or register tokens before the grid have a place of their own (only where the grid is used)."""
-    decode: Literal["none", "full cache", "constant state"] = "none"
+    decode: Literal["none", "full cache", "constant state", "growing state"] = "none"
+    """"growing state": a state of its own, like the constant one, that grows with the length."""
     learned: bool = False
     """Has parameters that a stock checkpoint lacks."""
     random: str = ""

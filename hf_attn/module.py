@@ -263,8 +263,8 @@ class AttentionModule(nn.Module):
     def step(self, query: Tensor, key: Tensor, value: Tensor, state: State | None, **call: Any) -> tuple[Tensor, State]:
         """Causal attention over the tokens in `state` and the N new ones; returns the result and the new state."""
         checked = self._call(query, key, value, is_causal=True, **call)
-        if self.capabilities.decode != "constant state":
-            raise Unsupported(self.name, "decoding with a constant-size state is not defined", "Use a full cache")
+        if self.capabilities.decode not in ("constant state", "growing state"):
+            raise Unsupported(self.name, "decoding with a state of its own is not defined", "Use a full cache")
         result: list[State] = []
 
         def run(call: Call) -> Tensor:

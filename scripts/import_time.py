@@ -25,7 +25,9 @@ def main() -> int:
     # the first round warms the file cache and does not count
     for turn in range(runs + 1):
         for name, statement in STATEMENTS.items():
-            done = subprocess.run([sys.executable, "-c", CLOCK.format(statement)], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, "-c", CLOCK.format(statement)], capture_output=True, text=True, check=True
+            )
             if turn:
                 seconds[name].append(float(done.stdout))
     for name, values in seconds.items():

@@ -36,11 +36,11 @@ def call_of(module, batch: int = 2, dtype=torch.float64, requires_grad: bool = F
     return tensors, grid
 
 
-def part_of(call: dict, row: int, tokens: slice) -> dict:
-    """The call arguments of one row's `tokens`."""
+def part_of(call: dict, rows: slice, tokens: slice) -> dict:
+    """The call arguments of some rows and tokens."""
     if "layer_input" not in call:
         return call
-    return {**call, "layer_input": call["layer_input"][row : row + 1, tokens]}
+    return {**call, "layer_input": call["layer_input"][rows, tokens]}
 
 
 def families_of(name: str) -> list[str]:

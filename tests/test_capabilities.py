@@ -73,7 +73,7 @@ def test_causal_with_offset(name):
     changed_k, changed_v = k.clone(), v.clone()
     changed_k[:, :, -1], changed_v[:, :, -1] = 7.0, -7.0
     close(module(q, changed_k, changed_v, is_causal=True, **call)[:, :, :-1], full[:, :, :-1], 1e-12)
-    if module.capabilities.decode != "none":
+    if module.capabilities.decode in ("full cache", "constant state"):
         close(module(q[:, :, -4:], k, v, is_causal=True, **call), full[:, :, -4:])
     with pytest.raises(Unsupported, match=f"{name}.*M="):
         module(q, k[:, :, :4], v[:, :, :4], is_causal=True, **call)
@@ -124,7 +124,7 @@ def test_padded_equals_truncated_equals_alone(name, is_causal):
     masks[2, :6] = False
     out = module(q, k, v, key_padding_mask=masks, **call)
     for row, part in ((1, slice(length - 6)), (2, slice(6, length)), (0, slice(length))):
-        alone = module(*(x[row : row + 1, :, part] for x in (q, k, v)), **part_of(call, row, part))
+        alone = module(*(x[row : row + 1, :, part] for x in (q, k, v)), **part_of(call, slice(row, row + 1), part))
         close(out[row : row + 1, :, part], alone)
 
 
@@ -150,7 +150,7 @@ def test_packed_equals_alone(name):
     if "layer_input" in call:
         batched["layer_input"] = packing.unpack(call["layer_input"][:, None])[:, 0]
     out = packing.pack(module(*unpacked, key_padding_mask=packing.key_padding, **batched))
-    alone = module(q[:1, :, 4:7], k[:1, :, 4:7], v[:1, :, 4:7], **part_of(call, 0, slice(4, 7)))
+    alone = module(q[:1, :, 4:7], k[:1, :, 4:7], v[:1, :, 4:7], **part_of(call, slice(1), slice(4, 7)))
     close(out[:1, :, 4:7], alone)
     for x, y in zip((q, k, v), unpacked):
         close(packing.pack(y), x)
@@ -202,18 +202,18 @@ def test_grid(name):
 def test_decode(name):
     module = module_of(name)
     (q, k, v), call = call_of(module)
-    if module.capabilities.decode != "constant state":
+    if module.capabilities.decode not in ("constant state", "growing state"):
         with pytest.raises(Unsupported, match=name):
-            module.step(q, k, v, None)
+            module.step(q, k, v, None, **call)
         return
     full = module(q, k, v, is_causal=True, **call)
     state, steps, sizes = None, [], set()
     for part in (slice(0, 6), slice(6, 7), slice(7, 12), slice(12, 15)):
-        out, state = module.step(q[:, :, part], k[:, :, part], v[:, :, part], state, **call)
+        out, state = module.step(*(x[:, :, part] for x in (q, k, v)), state, **part_of(call, slice(None), part))
         steps.append(out)
         sizes.add(sum(t.numel() for t in state.values()))
     close(torch.cat(steps, dim=2), full)
-    assert len(sizes) == 1, "the state does not grow"
+    assert (len(sizes) == 1) == (module.capabilities.decode == "constant state"), "a constant state does not grow"
 
 
 @every

@@ -29,7 +29,7 @@ from torch.nn import functional
 from hf_attn.capabilities import Capabilities
 from hf_attn.errors import InvalidInput, InvalidOption, Unsupported
 from hf_attn.functional import draw_, masked_softmax
-from hf_attn.module import AttentionModule, Call
+from hf_attn.module import AttentionModule, Call, State
 from hf_attn.options import Options
 from hf_attn.registry import Mechanism, get_mechanism, register
 
@@ -168,7 +168,7 @@ class ContextPool(AttentionModule):
             sequence=not grid,
             grid="used" if grid else "refused",
             prefix_tokens=grid and (inner.grid == "ignored" or inner.prefix_tokens),
-            decode="none",
+            decode=_decode(inner, options) if causal else "none",
             learned=True,
             needs_layer_input=True,
             derived=(*(mode for mode, defined in derived if defined), *inner.derived),
@@ -221,8 +221,10 @@ class ContextPool(AttentionModule):
         call = super()._call(query, key, value, **arguments)
         refused, hidden = None, call.layer_input
         if call.queries != call.keys:
-            rule = f"N={call.queries} queries and M={call.keys} keys: a token's context is known for every token or none"
-            refused = rule, "Pass as many keys as queries; generate with use_cache=False"
+            rule = (
+                f"N={call.queries} queries and M={call.keys} keys: a token's context is known for every token or none"
+            )
+            refused = rule, "Pass as many keys as queries; decoding has a state of its own, see step"
         elif hidden is None:
             rule = "layer_input is missing: the pooling weights are a function of the layer's input"
             refused = rule, "Pass layer_input (B,N,H*D), the hidden states that query, key and value are projections of"
@@ -295,8 +297,11 @@ class ContextPool(AttentionModule):
 
     # -- shared by the forms ---------------------------------------------------------------------------------------
 
-    def logits_and_supports(self, call: Call) -> tuple[Tensor, Tensor]:
-        """a and sigma, (B,P,n) in float32 at least, of the n tokens that are no prefix tokens."""
+    def logits_and_supports(self, call: Call, past: State | None = None) -> tuple[Tensor, Tensor]:
+        """a and sigma, (B,P,n) in float32 at least, of the n tokens that are no prefix tokens.
+
+        `past` holds the last inputs of the causal convolutions, under their names, and is brought up to date.
+        """
         prefix, rows, columns = _geometry(call)
         hidden, kernel, one_dim = call.layer_input[:, prefix:], self.options.kernel_size, self.options.spatial_dims == 1
         # more than needed on the right; the first columns are those of a kernel that ends at its token
@@ -306,13 +311,16 @@ class ContextPool(AttentionModule):
             hidden = hidden.float() if hidden.dtype.itemsize < 4 else hidden
             # a 2-D convolution on the transposed view reads the tokens as they lie; a 1-D one would copy them
             x = hidden.transpose(1, 2).unflatten(2, (rows, columns))
-            for layer in (self.mapping_in, self.mapping_out):
+            for name, layer in (("mapping_in", self.mapping_in), ("mapping_out", self.mapping_out)):
                 if real is not None:
                     x = torch.where(real[:, None, None], x, 0)
+                if past is not None:
+                    x = torch.cat((past.get(name, x.new_zeros(*x.shape[:3], kernel - 1)), x), dim=3)
+                    past[name], padding = x[..., columns:], 0
                 weight = layer.weight.to(x.dtype)
                 x = functional.conv2d(x, weight[:, :, None] if one_dim else weight, layer.bias.to(x.dtype), 1, padding)
                 x = x[..., :columns]
-                x = x.relu() if layer is self.mapping_in else x.flatten(2)
+                x = x.relu() if name == "mapping_in" else x.flatten(2)
             logits, support = x.chunk(2, dim=1)
             largest = self.options.support_ratio * self.options.support_ref
             return logits, self.options.min_support + largest * support.sigmoid()
@@ -323,17 +331,21 @@ class ContextPool(AttentionModule):
     def _merge(self, heads: Tensor) -> Tensor:
         return heads.transpose(1, 2).flatten(2)
 
-    # -- the efficient form ----------------------------------------------------------------------------------------
+    # -- the efficient forms ---------------------------------------------------------------------------------------
 
     def attend(self, call: Call) -> Tensor:
         return self._inner_form("attend", call, self._windows(call))
 
     def _windows(self, call: Call) -> Callable[[Tensor], Tensor]:
         """x (B,H,N,E) -> R x, tile by tile: no more than the sources within reach are looked at."""
+        return self._pooling(call, *self.logits_and_supports(call), _real(call))
+
+    def _pooling(self, call: Call, logits: Tensor, support: Tensor, real: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """The same from logits (B,P,n) and supports (B,P,m), for the last m of n tokens."""
         prefix, rows, columns = _geometry(call)
-        logits, support = self.logits_and_supports(call)
-        real = _real(call)
-        tiles = Tiles.of(rows, columns, self._reach(logits, support, real), call.is_causal, logits.device)
+        earlier = logits.shape[2] - support.shape[2]
+        window = self._reach(logits, support, real)
+        tiles = Tiles.of(rows, columns, window, call.is_causal, logits.device, earlier)
         visible = tiles.near & tiles.inside[:, None]
         if real is not None:
             visible = visible & real[:, tiles.source][:, None, :, None]
@@ -346,13 +358,13 @@ class ContextPool(AttentionModule):
             weight = torch.where(visible, tiles.gather_sources(share)[..., None, :] * log_window.exp(), 0)
 
         def pool(x: Tensor) -> Tensor:
-            tokens = x[:, :, prefix:]
+            tokens, targets = x[:, :, prefix:], x[:, :, prefix + earlier :]
             # shared weights: the heads lie side by side, as they do in the model
             shared = self.options.pool_heads == 1
             rows_of_tokens = tokens.transpose(1, 2).flatten(2)[:, None] if shared else tokens
             out = tiles.join(weight.to(x.dtype) @ tiles.gather_sources(rows_of_tokens))
             out = out[:, 0].unflatten(2, (self.num_heads, -1)).transpose(1, 2) if shared else out
-            out = out if lonely is None else torch.where(lonely, tokens, out)
+            out = out if lonely is None else torch.where(lonely, targets, out)
             return torch.cat((x[:, :, :prefix], out), dim=2) if prefix else out
 
         return pool
@@ -368,20 +380,54 @@ class ContextPool(AttentionModule):
         logits, support = logits.detach(), support.detach()
         if real is not None:
             logits = logits.masked_fill(~real[:, None], _NEGATIVE_INFINITY)
+        own, largest = logits[..., -support.shape[2] :], logits.amax(dim=-1, keepdim=True)
         room = self.options.spatial_dims * torch.log1p(2 * support) - math.log(torch.finfo(support.dtype).eps)
-        reach = support * (2 * (logits.amax(dim=-1, keepdim=True) - logits + room)).sqrt()
+        reach = support * (2 * (largest - own + room)).sqrt()
         if real is not None:
-            reach = torch.where(real[:, None], reach, 0)
+            reach = torch.where(own > _NEGATIVE_INFINITY, reach, 0)
         return int(reach.amax().nan_to_num(nan=1e9).clamp(max=1e9))
+
+    def recurrent(self, call: Call, state: State | None) -> tuple[Tensor, State]:
+        """The state: what the convolutions saw last, the window's tokens with their logits, the inner mechanism's."""
+        if call.num_prefix_tokens:
+            rule = f"num_prefix_tokens={call.num_prefix_tokens} while decoding: they have no place in the state"
+            raise Unsupported(self.name, rule, "Leave num_prefix_tokens out")
+        state, targets, kept = dict(state or {}), self.options.pool_targets, self.options.max_window
+        if call.key_padding_mask is None:
+            real = torch.ones(call.batch, call.queries, dtype=torch.bool, device=call.query.device)
+            call = replace(call, key_padding_mask=real)
+        logits, support = self.logits_and_supports(call, state)
+        tokens = {"logits": logits, "real": call.key_padding_mask[:, None], **{t: getattr(call, t) for t in targets}}
+        for name, new in tokens.items():
+            none = new.new_zeros(*new.shape[:2], kept or 0, *new.shape[3:])
+            tokens[name] = torch.cat((state.get(name, none), new), dim=2)
+        pool = self._pooling(call, tokens["logits"], support, tokens["real"][:, 0])
+        pooled = replace(call, **{target: pool(tokens[target]) for target in targets})
+        inner = {n.removeprefix("inner."): t for n, t in state.items() if n.startswith("inner.")}
+        out, inner = self._inner_step(pooled, inner)
+        for name, held in tokens.items():
+            state[name] = held if kept is None else held[:, :, held.shape[2] - kept :]
+        return out, state | {f"inner.{name}": tensor for name, tensor in inner.items()}
+
+    def _inner_step(self, call: Call, state: State) -> tuple[Tensor, State]:
+        """The inner mechanism after `state`: its own state, or the pooled keys and values so far."""
+        given = {argument: getattr(call, argument) for argument in _ARGUMENTS}
+        if self.inner.capabilities.decode == "constant state":
+            del given["is_causal"]
+            return self.inner.step(call.query, call.key, call.value, state or None, **given, **call.extra)
+        new = {"key": call.key, "value": call.value, "real": call.key_padding_mask[:, None]}
+        state = {n: torch.cat((state[n], tensor), dim=2) if state else tensor for n, tensor in new.items()}
+        given["key_padding_mask"] = state["real"][:, 0]
+        return self.inner(call.query, state["key"], state["value"], **given, **call.extra), state
 
 
 class Tiles(NamedTuple):
-    """A grid in T tiles of C tokens, and the S sources of each. A sequence is a grid of one row."""
+    """A grid in T tiles of C targets, and the S sources of each. A sequence is a grid of one row."""
 
     target: Tensor
-    """(T,C) token numbers; beyond the edge the last token is repeated."""
+    """(T,C) numbers of the targets; beyond the edge the last one is repeated."""
     source: Tensor
-    """(T,S) likewise."""
+    """(T,S) numbers of the tokens, likewise."""
     inside: Tensor
     """(T,S) bool: the source is no repetition."""
     square: Tensor
@@ -389,14 +435,18 @@ class Tiles(NamedTuple):
     near: Tensor
     """(C,S) bool: within the window, and not later where the order is causal."""
     shape: tuple[int, ...]
-    """Rows and columns of tiles, of tokens in a tile, and of the grid."""
+    """Rows and columns of tiles, of targets in a tile, and of all targets."""
 
     @classmethod
-    def of(cls, rows: int, columns: int, window: int | None, is_causal: bool, device: torch.device) -> Tiles:
-        side = TILE[1 if rows == 1 else 2]
-        down, across = _Axis.of(rows, side, window, False, device), _Axis.of(columns, side, window, is_causal, device)
+    def of(
+        cls, rows: int, columns: int, window: int | None, is_causal: bool, device: torch.device, earlier: int = 0
+    ) -> Tiles:
+        """Tiles of the rows x columns targets; a sequence may have `earlier` tokens that are sources only."""
+        side, width = TILE[1 if rows == 1 else 2], earlier + columns
+        down = _Axis.of(rows, 0, side, window, False, device)
+        across = _Axis.of(columns, earlier, side, window, is_causal, device)
         target = down.target[:, None, :, None] * columns + across.target[:, None]
-        source = down.source.clamp(0, rows - 1)[:, None, :, None] * columns + across.source.clamp(0, columns - 1)[:, None]
+        source = down.source.clamp(0, rows - 1)[:, None, :, None] * width + across.source.clamp(0, width - 1)[:, None]
         inside = down.inside[:, None, :, None] & across.inside[:, None]
         offset = torch.broadcast_tensors(down.offset[:, None, :, None], across.offset[:, None])
         near = torch.ones_like(offset[0], dtype=torch.bool) if not is_causal else offset[1] >= 0
@@ -412,18 +462,18 @@ class Tiles(NamedTuple):
         return x.index_select(2, self.source.flatten()).unflatten(2, self.source.shape)
 
     def gather_targets(self, x: Tensor) -> Tensor:
-        """(B,P,n,...) -> (B,P,T,C,...)"""
+        """(B,P,m,...) -> (B,P,T,C,...)"""
         return x.index_select(2, self.target.flatten()).unflatten(2, self.target.shape)
 
     def join(self, x: Tensor) -> Tensor:
-        """(B,P,T,C,F) -> (B,P,n,F)"""
+        """(B,P,T,C,F) -> (B,P,m,F)"""
         down, across, high, wide, rows, columns = self.shape
         x = x.unflatten(3, (high, wide)).unflatten(2, (down, across)).transpose(3, 4)
         return x.flatten(4, 5).flatten(2, 3)[:, :, :rows, :columns].flatten(2, 3)
 
 
 class _Axis(NamedTuple):
-    """One axis of `Tiles`: t tiles of c tokens with s sources each."""
+    """One axis of `Tiles`: t tiles of c targets with s sources each."""
 
     target: Tensor
     """(t,c)"""
@@ -435,18 +485,30 @@ class _Axis(NamedTuple):
     """(c,s) from source to target."""
 
     @classmethod
-    def of(cls, length: int, side: int, window: int | None, is_causal: bool, device: torch.device) -> _Axis:
+    def of(
+        cls, targets: int, earlier: int, side: int, window: int | None, is_causal: bool, device: torch.device
+    ) -> _Axis:
+        length = earlier + targets
         before = length if window is None else window
         after = 0 if is_causal else before
-        tiles = -(-length // side)
-        if side + before + after >= length:
-            tiles, before, after = 1, 0, 0
-        size = -(-length // tiles)
+        tiles = -(-targets // side)
+        if min(side, targets) + before + after >= length:
+            tiles, before, after = 1, earlier, 0
+        size = -(-targets // tiles)
         start = torch.arange(tiles, device=device)[:, None] * size
         target = torch.arange(size, device=device)
         source = torch.arange(-before, size + after, device=device)
-        inside = (start + source >= 0) & (start + source < length)
-        return cls((start + target).clamp(max=length - 1), start + source, inside, target[:, None] - source)
+        token = start + earlier + source
+        inside = (token >= 0) & (token < length)
+        return cls((start + target).clamp(max=targets - 1), token, inside, target[:, None] - source)
+
+
+def _decode(inner: Capabilities, options: ContextPoolOptions) -> str:
+    """How a causal inner mechanism decodes behind pooled tokens."""
+    if inner.decode == "none" or inner.needs_layer_input:
+        return "none"
+    constant = inner.decode == "constant state" and options.max_window is not None
+    return "constant state" if constant else "growing state"
 
 
 def _geometry(call: Call) -> tuple[int, int, int]:

@@ -144,10 +144,6 @@ class Call:
             return
         if capabilities.grid == "ignored":
             return
-        if capabilities.grid == "refused":
-            raise Unsupported(
-                name, f"grid={tuple(self.grid)}, and its options say sequence", "Leave grid out, or set spatial_dims=2"
-            )
         rows, columns = self.grid
         if self.num_prefix_tokens + rows * columns != self.queries:
             raise InvalidInput(

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from torch.nn import functional
 from hf_attn.capabilities import Capabilities
 from hf_attn.errors import InvalidInput, InvalidOption, Unsupported
 from hf_attn.functional import draw_, masked_softmax
+from hf_attn.kernels.bands import Bands
 from hf_attn.module import AttentionModule, Call, State
 from hf_attn.options import Options
 from hf_attn.registry import Mechanism, get_mechanism, register
@@ -36,8 +37,6 @@ from hf_attn.registry import Mechanism, get_mechanism, register
 TARGETS = ("query", "key", "value")
 IDENTITY = -12.0
 """Start of the supports under `init_identity`: sigma is near min_support, and R is the identity to rounding."""
-TILE = {1: 32, 2: 6}
-"""Tokens a side of the tiles that share their sources, by spatial_dims; measured on a 2-core CPU."""
 _ARGUMENTS = tuple(f.name for f in fields(Call) if f.name not in (*TARGETS, "extra"))
 _NEGATIVE_INFINITY = float("-inf")
 
@@ -218,21 +217,30 @@ class ContextPool(AttentionModule):
         return self._merge(self._windows(call)(heads))
 
     def _call(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Call:
-        call = super()._call(query, key, value, **arguments)
-        refused, hidden = None, call.layer_input
-        if call.queries != call.keys:
+        options, refused = self.options, None
+        grid, is_causal = arguments.get("grid"), arguments.get("is_causal")
+        if query.dim() == key.dim() == 4 and query.shape[2] != key.shape[2]:
             rule = (
-                f"N={call.queries} queries and M={call.keys} keys: a token's context is known for every token or none"
+                f"N={query.shape[2]} queries and M={key.shape[2]} keys: pooling needs the layer's input at every token"
             )
-            refused = rule, "Pass as many keys as queries; decoding has a state of its own, see step"
-        elif hidden is None:
+            refused = rule, "Pass as many keys as queries; to decode token by token, use step"
+        elif arguments.get("layer_input") is None:
             rule = "layer_input is missing: the pooling weights are a function of the layer's input"
             refused = rule, "Pass layer_input (B,N,H*D), the hidden states that query, key and value are projections of"
-        elif self.options.spatial_dims == 2 and call.key_padding_mask is not None:
-            rule = "key_padding_mask with spatial_dims=2: the map's convolutions would see the holes in the grid"
+        elif grid is not None and options.spatial_dims == 1:
+            refused = f"grid={tuple(grid)} with spatial_dims=1", "Set spatial_dims=2, or leave grid out"
+        elif is_causal and options.spatial_dims == 2:
+            refused = "is_causal=True with spatial_dims=2: a grid has no causal order", "Leave is_causal out"
+        elif is_causal and not options.normalize:
+            rule = "is_causal=True with normalize=False: its sum runs over all tokens, later ones too"
+            refused = rule, "Set normalize=True"
+        elif arguments.get("key_padding_mask") is not None and options.spatial_dims == 2:
+            rule = "key_padding_mask with spatial_dims=2: the convolutions of the map need the whole grid"
             refused = rule, "Leave the mask out"
         if refused:
             raise Unsupported(self.name, *refused)
+        call = super()._call(query, key, value, **arguments)
+        hidden = call.layer_input
         expected = (call.batch, call.queries, self.num_heads * self.head_dim)
         if hidden.shape != expected:
             raise self._wrong_input(hidden, f"(B,N,H*D) = {expected}")
@@ -309,7 +317,7 @@ class ContextPool(AttentionModule):
         padding, real = (0, side) if one_dim else (side, side), _real(call)
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.float() if hidden.dtype.itemsize < 4 else hidden
-            # a 2-D convolution on the transposed view reads the tokens as they lie; a 1-D one would copy them
+            # a 2-D convolution with channels last reads the tokens as they lie; a 1-D one would copy them
             x = hidden.transpose(1, 2).unflatten(2, (rows, columns))
             for name, layer in (("mapping_in", self.mapping_in), ("mapping_out", self.mapping_out)):
                 if real is not None:
@@ -317,8 +325,9 @@ class ContextPool(AttentionModule):
                 if past is not None:
                     x = torch.cat((past.get(name, x.new_zeros(*x.shape[:3], kernel - 1)), x), dim=3)
                     past[name], padding = x[..., columns:], 0
-                weight = layer.weight.to(x.dtype)
-                x = functional.conv2d(x, weight[:, :, None] if one_dim else weight, layer.bias.to(x.dtype), 1, padding)
+                weight = layer.weight[:, :, None] if one_dim else layer.weight
+                weight = weight.to(x.dtype).contiguous(memory_format=torch.channels_last)
+                x = functional.conv2d(x, weight, layer.bias.to(x.dtype), 1, padding)
                 x = x[..., :columns]
                 x = x.relu() if name == "mapping_in" else x.flatten(2)
             logits, support = x.chunk(2, dim=1)
@@ -337,34 +346,40 @@ class ContextPool(AttentionModule):
         return self._inner_form("attend", call, self._windows(call))
 
     def _windows(self, call: Call) -> Callable[[Tensor], Tensor]:
-        """x (B,H,N,E) -> R x, tile by tile: no more than the sources within reach are looked at."""
+        """x (B,H,N,E) -> R x, band by band: no more than the sources within reach are looked at."""
         return self._pooling(call, *self.logits_and_supports(call), _real(call))
 
     def _pooling(self, call: Call, logits: Tensor, support: Tensor, real: Tensor | None) -> Callable[[Tensor], Tensor]:
         """The same from logits (B,P,n) and supports (B,P,m), for the last m of n tokens."""
         prefix, rows, columns = _geometry(call)
         earlier = logits.shape[2] - support.shape[2]
-        window = self._reach(logits, support, real)
-        tiles = Tiles.of(rows, columns, window, call.is_causal, logits.device, earlier)
-        visible = tiles.near & tiles.inside[:, None]
+        reach, width = self._reach(logits, support, real), 1 if rows == 1 else columns
+        bands = Bands.of(support.shape[2], earlier, width, reach, call.is_causal)
+        lines, places = bands.offsets(logits.device)
+        near = lines >= 0 if call.is_causal else torch.ones_like(lines, dtype=torch.bool)
+        if reach is not None:
+            near = near & (lines.abs() <= reach) & (places.abs() <= reach)
+        source, inside = bands.sources(logits.device)
+        visible = near & inside[:, None]
         if real is not None:
-            visible = visible & real[:, tiles.source][:, None, :, None]
-        lonely = None if real is None else tiles.join(~visible.any(dim=-1, keepdim=True))
-        log_window = -tiles.square / (2 * tiles.gather_targets(support)[..., None].square())
+            visible = visible & real[:, source][:, None, :, None]
+        log_window = -(lines.square() + places.square()) / (2 * bands.split(support)[..., None].square())
         if self.options.normalize:
-            weight = masked_softmax(tiles.gather_sources(logits)[..., None, :] + log_window, visible)
+            weight = masked_softmax(logits[..., source][..., None, :] + log_window, visible)
         else:
             share = masked_softmax(logits, None if real is None else real[:, None])
-            weight = torch.where(visible, tiles.gather_sources(share)[..., None, :] * log_window.exp(), 0)
+            weight = torch.where(visible, share[..., source][..., None, :] * log_window.exp(), 0)
+        lonely = None if real is None else ~bands.join(visible.any(dim=-1))[..., None]
 
         def pool(x: Tensor) -> Tensor:
-            tokens, targets = x[:, :, prefix:], x[:, :, prefix + earlier :]
+            tokens = x[:, :, prefix:]
             # shared weights: the heads lie side by side, as they do in the model
             shared = self.options.pool_heads == 1
-            rows_of_tokens = tokens.transpose(1, 2).flatten(2)[:, None] if shared else tokens
-            out = tiles.join(weight.to(x.dtype) @ tiles.gather_sources(rows_of_tokens))
-            out = out[:, 0].unflatten(2, (self.num_heads, -1)).transpose(1, 2) if shared else out
-            out = out if lonely is None else torch.where(lonely, targets, out)
+            groups = tokens.transpose(1, 2).flatten(2) if shared else tokens.flatten(0, 1)
+            with torch.autocast(x.device.type, enabled=False):
+                out = bands.product(weight.flatten(0, 1).to(x.dtype), groups)
+            out = out.unflatten(2, (self.num_heads, -1)).transpose(1, 2) if shared else out.unflatten(0, x.shape[:2])
+            out = out if lonely is None else torch.where(lonely, tokens[:, :, earlier:], out)
             return torch.cat((x[:, :, :prefix], out), dim=2) if prefix else out
 
         return pool
@@ -419,88 +434,6 @@ class ContextPool(AttentionModule):
         state = {n: torch.cat((state[n], tensor), dim=2) if state else tensor for n, tensor in new.items()}
         given["key_padding_mask"] = state["real"][:, 0]
         return self.inner(call.query, state["key"], state["value"], **given, **call.extra), state
-
-
-class Tiles(NamedTuple):
-    """A grid in T tiles of C targets, and the S sources of each. A sequence is a grid of one row."""
-
-    target: Tensor
-    """(T,C) numbers of the targets; beyond the edge the last one is repeated."""
-    source: Tensor
-    """(T,S) numbers of the tokens, likewise."""
-    inside: Tensor
-    """(T,S) bool: the source is no repetition."""
-    square: Tensor
-    """(C,S) squared distance, the same in every tile."""
-    near: Tensor
-    """(C,S) bool: within the window, and not later where the order is causal."""
-    shape: tuple[int, ...]
-    """Rows and columns of tiles, of targets in a tile, and of all targets."""
-
-    @classmethod
-    def of(
-        cls, rows: int, columns: int, window: int | None, is_causal: bool, device: torch.device, earlier: int = 0
-    ) -> Tiles:
-        """Tiles of the rows x columns targets; a sequence may have `earlier` tokens that are sources only."""
-        side, width = TILE[1 if rows == 1 else 2], earlier + columns
-        down = _Axis.of(rows, 0, side, window, False, device)
-        across = _Axis.of(columns, earlier, side, window, is_causal, device)
-        target = down.target[:, None, :, None] * columns + across.target[:, None]
-        source = down.source.clamp(0, rows - 1)[:, None, :, None] * width + across.source.clamp(0, width - 1)[:, None]
-        inside = down.inside[:, None, :, None] & across.inside[:, None]
-        offset = torch.broadcast_tensors(down.offset[:, None, :, None], across.offset[:, None])
-        near = torch.ones_like(offset[0], dtype=torch.bool) if not is_causal else offset[1] >= 0
-        if window is not None:
-            near = near & (offset[0].abs() <= window) & (offset[1].abs() <= window)
-        square = offset[0].square() + offset[1].square()
-        shape = (*target.shape, rows, columns)
-        flat = [x.flatten(2).flatten(0, 1) for x in (target, source, inside)]
-        return cls(*flat, *(x.flatten(2).flatten(0, 1) for x in (square, near)), shape)
-
-    def gather_sources(self, x: Tensor) -> Tensor:
-        """(B,P,n,...) -> (B,P,T,S,...)"""
-        return x.index_select(2, self.source.flatten()).unflatten(2, self.source.shape)
-
-    def gather_targets(self, x: Tensor) -> Tensor:
-        """(B,P,m,...) -> (B,P,T,C,...)"""
-        return x.index_select(2, self.target.flatten()).unflatten(2, self.target.shape)
-
-    def join(self, x: Tensor) -> Tensor:
-        """(B,P,T,C,F) -> (B,P,m,F)"""
-        down, across, high, wide, rows, columns = self.shape
-        x = x.unflatten(3, (high, wide)).unflatten(2, (down, across)).transpose(3, 4)
-        return x.flatten(4, 5).flatten(2, 3)[:, :, :rows, :columns].flatten(2, 3)
-
-
-class _Axis(NamedTuple):
-    """One axis of `Tiles`: t tiles of c targets with s sources each."""
-
-    target: Tensor
-    """(t,c)"""
-    source: Tensor
-    """(t,s), may lie outside."""
-    inside: Tensor
-    """(t,s) bool"""
-    offset: Tensor
-    """(c,s) from source to target."""
-
-    @classmethod
-    def of(
-        cls, targets: int, earlier: int, side: int, window: int | None, is_causal: bool, device: torch.device
-    ) -> _Axis:
-        length = earlier + targets
-        before = length if window is None else window
-        after = 0 if is_causal else before
-        tiles = -(-targets // side)
-        if min(side, targets) + before + after >= length:
-            tiles, before, after = 1, earlier, 0
-        size = -(-targets // tiles)
-        start = torch.arange(tiles, device=device)[:, None] * size
-        target = torch.arange(size, device=device)
-        source = torch.arange(-before, size + after, device=device)
-        token = start + earlier + source
-        inside = (token >= 0) & (token < length)
-        return cls((start + target).clamp(max=targets - 1), token, inside, target[:, None] - source)
 
 
 def _decode(inner: Capabilities, options: ContextPoolOptions) -> str:

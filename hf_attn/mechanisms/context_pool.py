@@ -318,19 +318,16 @@ class ContextPool(AttentionModule):
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.float() if hidden.dtype.itemsize < 4 else hidden
             # a 2-D convolution with channels last reads the tokens as they lie; a 1-D one would copy them
-            x = hidden.transpose(1, 2).unflatten(2, (rows, columns))
+            x = _zero(hidden.transpose(1, 2).unflatten(2, (rows, columns)), real)
             for name, layer in (("mapping_in", self.mapping_in), ("mapping_out", self.mapping_out)):
-                if real is not None:
-                    x = torch.where(real[:, None, None], x, 0)
                 if past is not None:
                     x = torch.cat((past.get(name, x.new_zeros(*x.shape[:3], kernel - 1)), x), dim=3)
                     past[name], padding = x[..., columns:], 0
                 weight = layer.weight[:, :, None] if one_dim else layer.weight
                 weight = weight.to(x.dtype).contiguous(memory_format=torch.channels_last)
-                x = functional.conv2d(x, weight, layer.bias.to(x.dtype), 1, padding)
-                x = x[..., :columns]
-                x = x.relu() if name == "mapping_in" else x.flatten(2)
-            logits, support = x.chunk(2, dim=1)
+                x = functional.conv2d(x, weight, layer.bias.to(x.dtype), 1, padding)[..., :columns]
+                x = _zero(x.relu() if name == "mapping_in" else x, real)
+            logits, support = x.flatten(2).chunk(2, dim=1)
             largest = self.options.support_ratio * self.options.support_ref
             return logits, self.options.min_support + largest * support.sigmoid()
 
@@ -448,6 +445,11 @@ def _geometry(call: Call) -> tuple[int, int, int]:
     """Prefix tokens, rows and columns; a sequence is one row."""
     prefix = call.num_prefix_tokens
     return (prefix, 1, call.queries - prefix) if call.grid is None else (prefix, *call.grid)
+
+
+def _zero(x: Tensor, real: Tensor | None) -> Tensor:
+    """x (B,C,rows,columns), one row where there is padding, with zeros at padded tokens."""
+    return x if real is None else torch.where(real[:, None, None], x, 0)
 
 
 def _real(call: Call) -> Tensor | None:

@@ -405,11 +405,9 @@ class ContextPool(AttentionModule):
             rule = f"num_prefix_tokens={call.num_prefix_tokens} while decoding: they have no place in the state"
             raise Unsupported(self.name, rule, "Leave num_prefix_tokens out")
         state, targets, kept = dict(state or {}), self.options.pool_targets, self.options.max_window
-        if call.key_padding_mask is None:
-            real = torch.ones(call.batch, call.queries, dtype=torch.bool, device=call.query.device)
-            call = replace(call, key_padding_mask=real)
         logits, support = self.logits_and_supports(call, state)
-        tokens = {"logits": logits, "real": call.key_padding_mask[:, None], **{t: getattr(call, t) for t in targets}}
+        real = _ones(call, call.queries) if call.key_padding_mask is None else call.key_padding_mask[:, None]
+        tokens = {"logits": logits, "real": real, **{target: getattr(call, target) for target in targets}}
         for name, new in tokens.items():
             none = new.new_zeros(*new.shape[:2], kept or 0, *new.shape[3:])
             tokens[name] = torch.cat((state.get(name, none), new), dim=2)
@@ -427,9 +425,14 @@ class ContextPool(AttentionModule):
         if self.inner.capabilities.decode == "constant state":
             del given["is_causal"]
             return self.inner.step(call.query, call.key, call.value, state or None, **given, **call.extra)
-        new = {"key": call.key, "value": call.value, "real": call.key_padding_mask[:, None]}
-        state = {n: torch.cat((state[n], tensor), dim=2) if state else tensor for n, tensor in new.items()}
-        given["key_padding_mask"] = state["real"][:, 0]
+        new, mask = {"key": call.key, "value": call.value}, call.key_padding_mask
+        if mask is not None or "real" in state:
+            # no mask is kept before there is one: exact kernels are faster without
+            new["real"] = _ones(call, call.queries) if mask is None else mask[:, None]
+            if state:
+                state = {"real": _ones(call, state["key"].shape[2]), **state}
+        state = {name: torch.cat((state[name], t), dim=2) if state else t for name, t in new.items()}
+        given["key_padding_mask"] = state["real"][:, 0] if "real" in state else None
         return self.inner(call.query, state["key"], state["value"], **given, **call.extra), state
 
 
@@ -445,6 +448,11 @@ def _geometry(call: Call) -> tuple[int, int, int]:
     """Prefix tokens, rows and columns; a sequence is one row."""
     prefix = call.num_prefix_tokens
     return (prefix, 1, call.queries - prefix) if call.grid is None else (prefix, *call.grid)
+
+
+def _ones(call: Call, tokens: int) -> Tensor:
+    """(B,1,tokens) True."""
+    return torch.ones(call.batch, 1, tokens, dtype=torch.bool, device=call.query.device)
 
 
 def _zero(x: Tensor, real: Tensor | None) -> Tensor:

@@ -440,6 +440,21 @@ def test_decoding_step_by_step_is_the_full_pass(inner, window):
     assert all(t.shape[0] == B for t in state.values())
 
 
+@pytest.mark.parametrize("inner", ["softmax", "rfa"])
+def test_a_mask_may_come_late_and_stay_away(inner):
+    built, n = module(inner=inner, max_window=4).eval(), 12
+    qkv, hidden = inputs(n)
+    mask = torch.ones(B, n, dtype=torch.bool)
+    mask[0, 5] = False
+    full = built(*qkv, layer_input=hidden, is_causal=True, key_padding_mask=mask)
+    state, steps = None, []
+    for part in (slice(0, 3), slice(3, 5), slice(5, 8), slice(8, 12)):
+        given = {"key_padding_mask": mask[:, part]} if part.start == 5 else {}
+        out, state = built.step(*(x[:, :, part] for x in qkv), state, layer_input=hidden[:, part], **given)
+        steps.append(out)
+    agree(torch.cat(steps, dim=2), full, 1e-10, rows=mask)
+
+
 def test_gpt2_generates_with_a_constant_state():
     torch.manual_seed(2)
     options = {"inner": "rfa", "max_window": 6}

@@ -110,15 +110,13 @@ def run(
 
     if cache is not None:
         if attention_mask is not None and attention_mask.dim() == 4 and mask.dense is not None:
-            raise Unsupported(
-                mechanism.name, "a 4-D mask while decoding with a constant-size state", "Pass a 2-D attention_mask"
-            )
+            raise Unsupported(mechanism.name, "a 4-D mask while decoding with a state", "Pass a 2-D attention_mask")
         weights = None
         if wants_weights(kwargs):
             if cache.state is not None:
                 raise Unsupported(
                     mechanism.name,
-                    "output_attentions while decoding with a constant-size state: the past keys are gone",
+                    "output_attentions while decoding with a state: the past keys are gone",
                     "Pass use_cache=False",
                 )
             weights = mechanism.attention_weights(query, key, value, **call)
@@ -131,11 +129,13 @@ def run(
         if wants_weights(kwargs):
             raise Unsupported(mechanism.name, "output_attentions of packed sequences", "Pass one sequence a row")
         out = packed(mechanism, query, key, value, mask.segments, call)
+    elif wants_weights(kwargs):
+        drops = call.pop("dropout", 0.0)
+        weights = mechanism.attention_weights(query, key, value, **call)
+        # one draw for both: a second call of a random mechanism in training would draw anew
+        out = mechanism(query, key, value, dropout=drops, **call) if drops else weights @ value
     else:
         out = mechanism(query, key, value, **call)
-        if wants_weights(kwargs):
-            call.pop("dropout", None)
-            weights = mechanism.attention_weights(query, key, value, **call)
     return out.transpose(1, 2).contiguous(), weights
 
 

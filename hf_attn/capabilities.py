@@ -18,6 +18,8 @@ class Capabilities:
     """Keys of another sequence (N != M without causal order)."""
     padding: bool = True
     """`key_padding_mask`, exact: a padded token never matters."""
+    padding_equals_cutting: Literal["anywhere", "at the end", "nowhere"] = "anywhere"
+    """Where padding gives real tokens what they give with it cut off; windows and blocks count the places before."""
     packed: bool = False
     """Several sequences in one row, told apart by position_ids, exact: packed equals alone."""
     dense_mask: bool = False
@@ -26,9 +28,10 @@ class Capabilities:
     """Calls without a grid."""
     grid: Literal["ignored", "used", "refused"] = "ignored"
     prefix_tokens: bool = False
-    """CLS or register tokens before the grid have a place of their own (only where the grid is used)."""
-    decode: Literal["none", "full cache", "constant state", "growing state"] = "none"
-    """"growing state": a state of its own, like the constant one, that grows with the length."""
+    """CLS or register tokens before the grid have a place of their own (only where the grid is not ignored)."""
+    decode: Literal["none", "full cache", "constant state", "growing state", "full state"] = "none"
+    """What a decoding step needs of the past: all keys and values, a state of constant size, a state that grows by
+    less than a token's key and value with every token, or a state of its own with as much as a full cache or more."""
     learned: bool = False
     """Has parameters that a stock checkpoint lacks."""
     random: str = ""
@@ -46,6 +49,11 @@ class Capabilities:
     """Modes that follow from the definition but are not in the paper."""
     pays_from: str = "not measured"
     """Length from which it is faster than SDPA, with the machine class, or why there is none."""
+
+    @property
+    def keeps_state(self) -> bool:
+        """Decoding goes through `step` and a state of its own, in place of the past keys and values."""
+        return self.decode in ("constant state", "growing state", "full state")
 
 
 @dataclass(frozen=True)

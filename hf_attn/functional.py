@@ -7,8 +7,11 @@ or clamp enters the result.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_attn.module import State
 
@@ -33,8 +36,10 @@ def random_directions(
     if torch.device(device or "cpu").type == "meta" or not orthogonal:
         return torch.randn(heads, features, dim, device=device)
     blocks = -(-features // dim)
-    square = torch.linalg.qr(torch.randn(heads, blocks, dim, dim, device=device)).Q.transpose(-1, -2)
-    rows = square.reshape(heads, blocks * dim, dim)[:, :features]
+    square, triangle = torch.linalg.qr(torch.randn(heads, blocks, dim, dim, device=device))
+    # QR is unique up to signs, and LAPACK's favour some directions; with a positive diagonal of R, Q favours none
+    square = square * torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1, 1)[..., None, :]
+    rows = square.transpose(-1, -2).reshape(heads, blocks * dim, dim)[:, :features]
     return rows * torch.randn(heads, features, dim, device=device).norm(dim=-1, keepdim=True)
 
 
@@ -59,7 +64,7 @@ def linear_attention(
     """
     if key_padding_mask is not None:
         log_key = log_key.masked_fill(~key_padding_mask[:, None, :, None], _NEGATIVE_INFINITY)
-    reference = _finite(log_key.detach().amax(dim=2, keepdim=True))
+    reference = finite(log_key.detach().amax(dim=2, keepdim=True))
     weight = (log_key - reference).exp()
     mass = weight.sum(dim=2, keepdim=True)
     mass = torch.where(mass > 0, mass, 1)
@@ -79,6 +84,58 @@ def masked_softmax(logits: Tensor, visible: Tensor | None) -> Tensor:
         return logits.softmax(dim=-1)
     weights = logits.masked_fill(~visible, _NEGATIVE_INFINITY).softmax(dim=-1)
     return torch.where(visible.any(dim=-1, keepdim=True), weights, 0)
+
+
+class SummaryProjection(nn.Module):
+    """Linear, and LayerNorm unless `norm` is False, of a summary of tokens (...,D); computed in the summary's dtype."""
+
+    def __init__(self, dim: int, norm: bool = True):
+        super().__init__()
+        self.proj = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim) if norm else None
+
+    def reset_parameters(self) -> None:
+        """Weights truncated normal with deviation 0.02, biases 0, LayerNorm 1 and 0."""
+        nn.init.trunc_normal_(self.proj.weight, std=0.02)
+        nn.init.zeros_(self.proj.bias)
+        if self.norm is not None:
+            nn.init.ones_(self.norm.weight)
+            nn.init.zeros_(self.norm.bias)
+
+    def forward(self, summary: Tensor) -> Tensor:
+        dtype = summary.dtype
+        out = nn.functional.linear(summary, self.proj.weight.to(dtype), self.proj.bias.to(dtype))
+        if self.norm is None:
+            return out
+        weight, bias = self.norm.weight.to(dtype), self.norm.bias.to(dtype)
+        return nn.functional.layer_norm(out, self.norm.normalized_shape, weight, bias, self.norm.eps)
+
+
+def log_kernel(log_query: Tensor, log_key: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """log <phi(q), phi(k)> (B,H,N,N) up to a constant per query, and the mask; one matrix product.
+
+    The features of a token are taken relative to its largest. Pairs whose features hardly overlap would underflow;
+    those get the exact sum, or, in compiled code, where shapes may not depend on data, weight zero.
+    """
+    query_top, key_top = log_query.detach().amax(dim=-1, keepdim=True), log_key.detach().amax(dim=-1, keepdim=True)
+    product = (log_query - query_top).exp() @ (log_key - key_top).exp().transpose(-1, -2)
+    small = product < torch.finfo(product.dtype).tiny ** 0.8
+    logits = torch.where(small, 1, product).log() + key_top.transpose(-1, -2)
+    if torch.compiler.is_compiling():
+        return logits, ~small if visible is None else visible & ~small
+    wanted = small if visible is None else small & visible
+    if wanted.any():
+        b, h, n, m = wanted.nonzero(as_tuple=True)
+        exact = torch.logsumexp(log_query[b, h, n] - query_top[b, h, n] + log_key[b, h, m], dim=-1)
+        logits = logits.index_put((b, h, n, m), exact)
+    return logits, visible
+
+
+def recomputed(function: Any, *arguments: Any) -> Tensor:
+    """`function(*arguments)`; the backward pass computes it again instead of keeping its tables."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return function(*arguments)
 
 
 CHUNK = 64
@@ -130,8 +187,8 @@ def empty_state(log_key: Tensor, value: Tensor) -> State:
 def absorb(log_key: Tensor, value: Tensor, state: State) -> State:
     """`state` after keys that every later query sees."""
     reference = torch.maximum(state["reference"], log_key.detach().amax(dim=2))
-    weight = (log_key - _finite(reference)[:, :, None]).exp()
-    decay = (state["reference"] - _finite(reference)).exp()
+    weight = (log_key - finite(reference)[:, :, None]).exp()
+    decay = (state["reference"] - finite(reference)).exp()
     return {
         "reference": reference,
         "mass": state["mass"] * decay + weight.sum(dim=2),
@@ -157,7 +214,7 @@ def _causal_span(log_query: Tensor, log_key: Tensor, value: Tensor, state: State
     log_query, log_key, value = (x.unflatten(2, (chunks, size)) for x in (log_query, log_key, value))
 
     before, after = _states_between_chunks(log_key, value, state)
-    parts = [_seen_block(log_query, before)]
+    parts = [seen_block(log_query, before)]
     half = size // 2
     while half:
         q, k, v = (x.unflatten(3, (-1, 2, half)) for x in (log_query, log_key, value))
@@ -173,22 +230,22 @@ def _causal_span(log_query: Tensor, log_key: Tensor, value: Tensor, state: State
         half //= 2
     own = log_query + log_key
     top = own.detach().amax(dim=-1)
-    mass = (own - _finite(top)[..., None]).exp().sum(-1)
+    mass = (own - finite(top)[..., None]).exp().sum(-1)
     parts.append((top, mass, mass[..., None] * value))
-    return _merge(parts).flatten(2, 3)[:, :, :tokens], after
+    return merge_parts(parts).flatten(2, 3)[:, :, :tokens], after
 
 
 def _states_between_chunks(log_key: Tensor, value: Tensor, state: State) -> tuple[State, State]:
     """The states before each chunk (a chunk dimension after the heads), and the one after the last."""
     largest = log_key.detach().amax(dim=3)
-    weight = (log_key - _finite(largest)[:, :, :, None]).exp()
+    weight = (log_key - finite(largest)[:, :, :, None]).exp()
     largest = torch.cat((state["reference"][:, :, None], largest), dim=2)
     mass = torch.cat((state["mass"][:, :, None], weight.sum(dim=3)), dim=2)
     total = torch.cat((state["value"][:, :, None], weight.transpose(-1, -2) @ value), dim=2)
 
     reference = largest.cummax(dim=2).values
     # factor[f, i, j]: what chunk j's sums count for in the state after chunk i
-    factor = (largest[:, :, None] - _finite(reference)[:, :, :, None]).permute(0, 1, 4, 2, 3)
+    factor = (largest[:, :, None] - finite(reference)[:, :, :, None]).permute(0, 1, 4, 2, 3)
     factor = factor.masked_fill(
         torch.ones(factor.shape[-2:], dtype=torch.bool, device=factor.device).triu(1), _NEGATIVE_INFINITY
     ).exp()
@@ -198,10 +255,10 @@ def _states_between_chunks(log_key: Tensor, value: Tensor, state: State) -> tupl
     return {k: t[:, :, :-1] for k, t in states.items()}, {k: t[:, :, -1] for k, t in states.items()}
 
 
-def _seen_block(log_query: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
+def seen_block(log_query: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
     """What queries (...,T,F) gather from a state they see whole: log maximum, mass and weighted values relative to it."""
     reference = state["reference"][..., None, :]
-    logits = log_query + _finite(reference)
+    logits = log_query + finite(reference)
     top = logits.detach().amax(dim=-1)
     weight = (logits - top[..., None]).exp()
     top = torch.where(reference.amax(dim=-1) == _NEGATIVE_INFINITY, _NEGATIVE_INFINITY, top)
@@ -209,19 +266,19 @@ def _seen_block(log_query: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor
 
 
 def _seen_keys(log_query: Tensor, log_key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`_seen_block` for a block of keys (...,T,F), without its F x D state."""
+    """`seen_block` for a block of keys (...,T,F), without its F x D state."""
     reference = log_key.detach().amax(dim=-2, keepdim=True)
-    logits = log_query + _finite(reference)
+    logits = log_query + finite(reference)
     top = logits.detach().amax(dim=-1)
-    scores = (logits - top[..., None]).exp() @ (log_key - _finite(reference)).exp().transpose(-1, -2)
+    scores = (logits - top[..., None]).exp() @ (log_key - finite(reference)).exp().transpose(-1, -2)
     top = torch.where(reference.amax(dim=-1) == _NEGATIVE_INFINITY, _NEGATIVE_INFINITY, top)
     return top, scores.sum(-1), scores @ value
 
 
-def _merge(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+def merge_parts(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """Weighted mean over everything the parts saw; zeros where nothing was seen."""
     top = torch.stack([p[0] for p in parts]).amax(dim=0)
-    share = [(p[0] - _finite(top)).exp() for p in parts]
+    share = [(p[0] - finite(top)).exp() for p in parts]
     mass = torch.stack([s * p[1] for s, p in zip(share, parts, strict=True)]).sum(dim=0)
     total = torch.zeros_like(parts[0][2])
     for s, p in zip(share, parts, strict=True):
@@ -229,6 +286,6 @@ def _merge(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     return total / torch.where(mass > 0, mass, 1)[..., None]
 
 
-def _finite(reference: Tensor) -> Tensor:
+def finite(reference: Tensor) -> Tensor:
     """A reference to subtract: 0 in place of minus infinity, which stands for "no key yet"."""
     return torch.where(reference == _NEGATIVE_INFINITY, 0, reference)

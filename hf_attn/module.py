@@ -162,7 +162,7 @@ class AttentionModule(nn.Module):
     """A mechanism with its options, parameters and buffers: `module(query, key, value, ...)`.
 
     A subclass implements `attend` (the efficient form) and either `weights` (the definition, as an N x M matrix) or
-    `define`. Causal mechanisms with a constant-size state implement `recurrent`.
+    `define`. Causal mechanisms that decode with a state of their own implement `recurrent`.
 
     Args:
         num_heads: H.
@@ -259,7 +259,7 @@ class AttentionModule(nn.Module):
     def step(self, query: Tensor, key: Tensor, value: Tensor, state: State | None, **call: Any) -> tuple[Tensor, State]:
         """Causal attention over the tokens in `state` and the N new ones; returns the result and the new state."""
         checked = self._call(query, key, value, is_causal=True, **call)
-        if self.capabilities.decode not in ("constant state", "growing state"):
+        if not self.capabilities.keeps_state:
             raise Unsupported(self.name, "decoding with a state of its own is not defined", "Use a full cache")
         result: list[State] = []
 

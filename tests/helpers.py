@@ -1,11 +1,10 @@
 """Small models and calls that the tests build from the registry."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_attn
-
-GRID = (3, 5)
-HEADS, DIM = 2, 8
+from hf_attn.samples import DIM, GRID, HEADS, example_inputs, example_module  # noqa: F401  # tests take the sizes from here
 
 BERT = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64}  # fmt: skip
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 12, "patch_size": 2, "encoder_stride": 2}  # fmt: skip
@@ -14,26 +13,12 @@ GPT2 = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions"
 
 def module_of(name: str, dtype=torch.float64, **options):
     """A small module of mechanism `name` in evaluation mode."""
-    mechanism = hf_attn.get_mechanism(name)
-    module = hf_attn.build(name, num_heads=HEADS, head_dim=DIM, **{**mechanism.example, **options})
-    for parameter in module.parameters():
-        # away from the start, where parts of a mechanism cancel
-        torch.nn.init.normal_(parameter, std=0.5)
-    return module.to(dtype).eval()
+    return example_module(name, options=options).to(dtype)
 
 
-def call_of(module, batch: int = 2, dtype=torch.float64, requires_grad: bool = False, keys: int | None = None):
-    """query, key, value and the call arguments every call of this mechanism needs."""
-    capabilities = module.capabilities
-    grid = {} if capabilities.sequence else {"grid": GRID}
-    length = GRID[0] * GRID[1]
-    tensors = [
-        torch.randn(batch, HEADS, n, DIM, dtype=dtype, requires_grad=requires_grad)
-        for n in (length, keys or length, keys or length)
-    ]
-    if capabilities.needs_layer_input:
-        grid["layer_input"] = torch.randn(batch, length, HEADS * DIM, dtype=dtype)
-    return tensors, grid
+def call_of(module, batch: int = 2, dtype=torch.float64, **changes):
+    """query, key, value and the call arguments every call of this mechanism needs; `changes` as in `example_inputs`."""
+    return example_inputs(module, batch=batch, dtype=dtype, **changes)
 
 
 def part_of(call: dict, rows: slice, tokens: slice) -> dict:
@@ -80,3 +65,16 @@ def inputs_of(model, labels: bool = False) -> dict[str, torch.Tensor]:
     if labels:
         batch["labels"] = batch["input_ids"]
     return batch
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the largest number of elements of any tensor that an operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out

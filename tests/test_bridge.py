@@ -103,6 +103,20 @@ def test_packed_rows_are_taken_apart_or_refused(name):
         run(module, q, k, v, position_ids=positions, output_attentions=True, **call)
 
 
+@every
+def test_weights_and_output_come_from_one_draw(name):
+    module = module_of(name).train()
+    (q, k, v), call = call_of(module)
+    if not module.capabilities.attention_weights:
+        with pytest.raises(Unsupported, match=f"{name}.*output_attentions"):
+            run(module, q, k, v, output_attentions=True, **call)
+        return
+    out, weights = run(module, q, k, v, output_attentions=True, **call)
+    torch.testing.assert_close(out.transpose(1, 2), weights @ v)
+    if not module.capabilities.random:
+        torch.testing.assert_close(out.transpose(1, 2), module(q, k, v, **call))
+
+
 def test_a_stock_module_gets_one_mechanism_for_its_life():
     host, q = Host(), torch.randn(1, HEADS, 6, DIM)
     first, second = (bridge.default_mechanism("rfa", RandomFeatureAttention, host, q) for _ in range(2))

@@ -52,6 +52,7 @@ def setting(environment: Any = os.environ) -> str:
 
 
 _torch_only = setting() == "torch"
+_tables: dict[str, tuple[Backend, ...]] = {}
 _absent: dict[str, dict[str, str]] = {}
 _refused: dict[str, dict[str, str]] = {}
 
@@ -59,6 +60,7 @@ _refused: dict[str, dict[str, str]] = {}
 def probe(operation: str, backends: Sequence[Backend]) -> None:
     """Run the probes of `backends`, once, and keep what they say. Called where the table is defined."""
     found = {backend.name: backend.probe() for backend in backends}
+    _tables[operation] = tuple(backends)
     _absent[operation] = {name: reason for name, reason in found.items() if reason is not None}
     _refused[operation] = {}
 
@@ -109,6 +111,11 @@ def reasons(operation: str) -> dict[str, str]:
 def operations() -> list[str]:
     """Names of the operations that have been probed."""
     return list(_absent)
+
+
+def backends_of(operation: str) -> list[tuple[Backend, str | None]]:
+    """The backends of `operation` in order of preference, each with the reason why it cannot run on this machine."""
+    return [(backend, _absent[operation].get(backend.name)) for backend in _tables[operation]]
 
 
 def missing_package(module: str, package: str) -> str | None:

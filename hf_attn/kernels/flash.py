@@ -107,7 +107,9 @@ def _mask(request: Request) -> tuple[Tensor | None, bool]:
     """
     query, key, padding, dense = request.query, request.key, request.key_padding_mask, request.attention_mask
     queries, keys = query.shape[2], key.shape[2]
-    is_causal = request.is_causal and queries != 1
+    is_causal = request.is_causal
+    if queries == 1:  # a branch, for SDPA takes no comparison of symbolic lengths in compiled code
+        is_causal = False
     if not request.dense:
         return None, is_causal
     visible = None if padding is None else padding[:, None, None]

@@ -156,7 +156,7 @@ class ContextPool(AttentionModule):
         inner = module_class.describe(inner_options)
         grid = options.spatial_dims == 2
         causal = inner.causal and not grid and options.normalize
-        derived = (("key padding", not grid), ("causal order", causal), ("CLS token", grid))
+        derived = (("key padding", not grid), ("causal order", causal), ("CLS token", True))
         return replace(
             inner,
             causal=causal,
@@ -166,7 +166,7 @@ class ContextPool(AttentionModule):
             dense_mask=False,
             sequence=not grid,
             grid="used" if grid else "refused",
-            prefix_tokens=grid and (inner.grid == "ignored" or inner.prefix_tokens),
+            prefix_tokens=not grid or inner.grid == "ignored" or inner.prefix_tokens,
             decode=_decode(inner, options) if causal else "none",
             learned=True,
             needs_layer_input=True,
@@ -441,7 +441,7 @@ def _decode(inner: Capabilities, options: ContextPoolOptions) -> str:
     if inner.decode == "none" or inner.needs_layer_input:
         return "none"
     constant = inner.decode == "constant state" and options.max_window is not None
-    return "constant state" if constant else "growing state"
+    return "constant state" if constant else "full state"
 
 
 def _geometry(call: Call) -> tuple[int, int, int]:

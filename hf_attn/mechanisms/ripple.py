@@ -24,11 +24,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from hf_attn.capabilities import Capabilities
 from hf_attn.errors import InvalidInput, InvalidOption, Unsupported
-from hf_attn.functional import draw_, log_elu1, log_positive, masked_softmax, random_directions
+from hf_attn.functional import (
+    draw_,
+    log_elu1,
+    log_kernel,
+    log_positive,
+    masked_softmax,
+    random_directions,
+    recomputed,
+)
 from hf_attn.module import AttentionModule, Call
 from hf_attn.options import Options
 from hf_attn.registry import Mechanism, register
@@ -358,7 +365,7 @@ class RippleAttention(AttentionModule):
             logits = call.scale * (call.query @ call.key.transpose(-1, -2))
         else:
             log_query, log_key = self.log_features(call.query, call), self.log_features(call.key, call)
-            logits, visible = _log_kernel(log_query, log_key, visible)
+            logits, visible = log_kernel(log_query, log_key, visible)
         return masked_softmax(logits + bias, visible) @ call.value
 
     def _summed_area(self, call: Call, log_alpha: Tensor) -> Tensor:
@@ -385,7 +392,7 @@ class RippleAttention(AttentionModule):
         numbers = rows * columns * key.shape[-1] * value.shape[-1]
         group = max(1, SAT_NUMBERS // numbers)
         parts = zip(*(x.split(group) for x in grid_parts), strict=True)
-        result = torch.cat([_recomputed(_boxes, *part, rows, columns) for part in parts]).unflatten(0, (call.batch, -1))
+        result = torch.cat([recomputed(_boxes, *part, rows, columns) for part in parts]).unflatten(0, (call.batch, -1))
         total = key.transpose(-1, -2) @ value
         if prefix:
             from_prefix = key[:, :, :prefix].transpose(-1, -2) @ value[:, :, :prefix]
@@ -421,33 +428,6 @@ def _rings(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs())
 
 
-def _log_kernel(log_query: Tensor, log_key: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """log <phi(q), phi(k)> (B,H,N,N) up to a constant per query, and the mask; one matrix product.
-
-    The features of a token are taken relative to its largest. Pairs whose features hardly overlap would underflow;
-    those get the exact sum, or, in compiled code, where shapes may not depend on data, weight zero.
-    """
-    query_top, key_top = log_query.detach().amax(dim=-1, keepdim=True), log_key.detach().amax(dim=-1, keepdim=True)
-    product = (log_query - query_top).exp() @ (log_key - key_top).exp().transpose(-1, -2)
-    small = product < torch.finfo(product.dtype).tiny ** 0.8
-    logits = torch.where(small, 1, product).log() + key_top.transpose(-1, -2)
-    if torch.compiler.is_compiling():
-        return logits, ~small if visible is None else visible & ~small
-    wanted = small if visible is None else small & visible
-    if wanted.any():
-        b, h, n, m = wanted.nonzero(as_tuple=True)
-        exact = torch.logsumexp(log_query[b, h, n] - query_top[b, h, n] + log_key[b, h, m], dim=-1)
-        logits = logits.index_put((b, h, n, m), exact)
-    return logits, visible
-
-
-def _recomputed(function: Any, *arguments: Any) -> Tensor:
-    """`function(*arguments)`; the backward pass computes it again instead of keeping its tables."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return function(*arguments)
-
-
 def _boxes(query: Tensor, key: Tensor, value: Tensor, coefficient: Tensor, rows: int, columns: int) -> Tensor:
     """(G,N,D+1) sum_r coefficient_r phi(q)^T Box_r, the last coefficient that of the whole grid.
 
@@ -461,7 +441,7 @@ def _boxes(query: Tensor, key: Tensor, value: Tensor, coefficient: Tensor, rows:
         outer = (key[..., None] * value[:, :, None]).unflatten(1, (rows, columns))
         table = functional.pad(outer.cumsum(dim=1).cumsum(dim=2), (0, 0, 0, 0, 1, 0, 1, 0)).unbind(1)
         for r in range(1, rings):
-            result = result + coefficient[..., r : r + 1] * _recomputed(_box, query, r, *table)
+            result = result + coefficient[..., r : r + 1] * recomputed(_box, query, r, *table)
     return result
 
 

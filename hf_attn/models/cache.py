@@ -1,8 +1,8 @@
-"""Constant-size decoding state inside transformers' `Cache`.
+"""The decoding state of a mechanism inside transformers' `Cache`.
 
-A mechanism with `decode="constant state"` needs no keys and values of the past. Its layer of the model's cache is
-replaced by a `StateLayer`, which hands new keys and values straight through and keeps the mechanism's state; `Cache`
-and `generate` go on as they are (length, beam reordering, batch selection, reset).
+A mechanism that decodes with a state of its own (`Capabilities.keeps_state`) needs no keys and values of the past. Its
+layer of the model's cache is replaced by a `StateLayer`, which hands new keys and values straight through and keeps
+the mechanism's state; `Cache` and `generate` go on as they are (length, beam reordering, batch selection, reset).
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ class StateLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise Unsupported(
-                "constant-size state",
+                "decoding state",
                 f"crop({tokens_to_remove}): tokens cannot be taken out of it again",
                 "Use a mechanism with a full cache (softmax) for assisted or speculative decoding",
             )
 
     def memory(self) -> int:
-        """Bytes the state takes; it does not grow with the length."""
+        """Bytes the state takes."""
         return sum(t.numel() * t.element_size() for t in (self.state or {}).values())
 
 
@@ -106,7 +106,7 @@ def state_layer(cache: Cache | EncoderDecoderCache, layer_idx: int | None, mecha
         holds = "already holds keys and values" if type(layer) is DynamicLayer else f"is a {type(layer).__name__}"
         raise Unsupported(
             mechanism,
-            f"layer {layer_idx} of the cache {holds}, and {mechanism} keeps a constant-size state instead",
+            f"layer {layer_idx} of the cache {holds}, and {mechanism} keeps a state of its own instead",
             "Start from an empty DynamicCache (cache_implementation=None)",
         )
     cache.layers[layer_idx] = created = StateLayer()

@@ -35,8 +35,7 @@ class WrappedAttention:
         if capabilities.needs_layer_input:
             kwargs["layer_input"] = hidden_states
         cache = kwargs.get("past_key_values")
-        stateful = capabilities.decode in ("constant state", "growing state")
-        if cache is not None and stateful and getattr(self, "is_causal", False):
+        if cache is not None and capabilities.keeps_state and getattr(self, "is_causal", False):
             kwargs["state_layer"] = state_layer(cache, getattr(self, "layer_idx", None), self.mechanism.name)
         return super().forward(hidden_states, *args, **kwargs)
 

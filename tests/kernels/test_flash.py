@@ -312,6 +312,19 @@ def test_compiles_whole(case, by):
         torch.testing.assert_close(compiled(*tensors), function(*tensors), rtol=0, atol=0)
 
 
+def test_compiles_for_changing_lengths():
+    """From the second length on, lengths are symbols, and what SDPA is told must still be plain."""
+    torch.compiler.reset()
+
+    def function(x):
+        return flash.attention(x, x, x, is_causal=True, scaling=SCALE)
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    for length in (5, 7, 9, 1):
+        x = random(B, H, length, D)
+        torch.testing.assert_close(compiled(x), function(x), rtol=0, atol=0)
+
+
 def test_compiles_before_any_eager_call():
     script = (
         "import torch\nfrom hf_attn.kernels import flash\n"

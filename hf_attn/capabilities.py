@@ -26,12 +26,12 @@ class Capabilities:
     """Any boolean or additive (B,1|H,N,M) mask."""
     sequence: bool = True
     """Calls without a grid."""
-    grid: Literal["ignored", "used"] = "ignored"
+    grid: Literal["ignored", "used", "refused"] = "ignored"
     prefix_tokens: bool = False
-    """CLS or register tokens before the grid have a place of their own (only where the grid is used)."""
-    decode: Literal["none", "full cache", "constant state", "growing state"] = "none"
-    """What a decoding step needs of the past: all keys and values, a state of constant size, or a state that grows by
-    less than a token's key and value with every token."""
+    """CLS or register tokens before the grid have a place of their own (only where the grid is not ignored)."""
+    decode: Literal["none", "full cache", "constant state", "growing state", "full state"] = "none"
+    """What a decoding step needs of the past: all keys and values, a state of constant size, a state that grows by
+    less than a token's key and value with every token, or a state of its own with as much as a full cache or more."""
     learned: bool = False
     """Has parameters that a stock checkpoint lacks."""
     random: str = ""
@@ -53,7 +53,7 @@ class Capabilities:
     @property
     def keeps_state(self) -> bool:
         """Decoding goes through `step` and a state of its own, in place of the past keys and values."""
-        return self.decode in ("constant state", "growing state")
+        return self.decode in ("constant state", "growing state", "full state")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def _flag(name: str) -> Callable[[Capabilities], str]:
 
 
 def _grid(capabilities: Capabilities) -> str:
-    if capabilities.grid == "ignored":
+    if capabilities.grid != "used":
         return NO
     return YES if capabilities.sequence else "needed"
 
@@ -45,7 +45,8 @@ def _prefix(capabilities: Capabilities) -> str:
 
 
 def _decode(capabilities: Capabilities) -> str:
-    short = {"none": NO, "full cache": "cache", "constant state": "state", "growing state": "growing"}
+    short = {"none": NO, "full cache": "cache", "constant state": "state", "growing state": "growing",
+             "full state": "cache"}  # fmt: skip
     return short.get(capabilities.decode, capabilities.decode)
 
 

@@ -21,6 +21,13 @@ def call_of(module, batch: int = 2, dtype=torch.float64, **changes):
     return example_inputs(module, batch=batch, dtype=dtype, **changes)
 
 
+def part_of(call: dict, rows: slice, tokens: slice) -> dict:
+    """The call arguments of some rows and tokens."""
+    if "layer_input" not in call:
+        return call
+    return {**call, "layer_input": call["layer_input"][rows, tokens]}
+
+
 def families_of(name: str) -> list[str]:
     """The model families a mechanism can be used in, read from its record."""
     from hf_attn.capabilities import Host

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from helpers import DIM, HEADS, call_of, module_of
+from helpers import DIM, HEADS, call_of, module_of, part_of
 
 import hf_attn
 from hf_attn import Unsupported
@@ -124,11 +124,15 @@ def test_padded_equals_truncated_equals_alone(name, is_causal):
     masks[2, :6] = False
     out = module(q, k, v, key_padding_mask=masks, **call)
     where = module.capabilities.padding_equals_cutting
+
+    def alone(row, tokens):
+        return module(*(x[row : row + 1, :, tokens] for x in (q, k, v)), **part_of(call, slice(row, row + 1), tokens))
+
     if where != "nowhere":
-        close(out[1:2, :, : length - 6], module(*(x[1:2, :, : length - 6] for x in (q, k, v)), **call))
+        close(out[1:2, :, : length - 6], alone(1, slice(length - 6)))
     if where == "anywhere":
-        close(out[2:3, :, 6:], module(*(x[2:3, :, 6:] for x in (q, k, v)), **call))
-    close(out[:1], module(q[:1], k[:1], v[:1], **call))
+        close(out[2:3, :, 6:], alone(2, slice(6, None)))
+    close(out[:1], alone(0, slice(None)))
 
 
 @every
@@ -149,8 +153,11 @@ def test_packed_equals_alone(name):
     segments = torch.tensor([[0] * 4 + [1] * 3 + [2] * 8, [0] * 9 + [1] * 6])
     packing = Packing.of(segments)
     unpacked = [packing.unpack(x) for x in (q, k, v)]
-    out = packing.pack(module(*unpacked, key_padding_mask=packing.key_padding, **call))
-    alone = module(q[:1, :, 4:7], k[:1, :, 4:7], v[:1, :, 4:7], **call)
+    given = dict(call)
+    if "layer_input" in call:
+        given["layer_input"] = packing.unpack(call["layer_input"][:, None])[:, 0]
+    out = packing.pack(module(*unpacked, key_padding_mask=packing.key_padding, **given))
+    alone = module(q[:1, :, 4:7], k[:1, :, 4:7], v[:1, :, 4:7], **part_of(call, slice(1), slice(4, 7)))
     close(out[:1, :, 4:7], alone)
     for x, y in zip((q, k, v), unpacked):
         close(packing.pack(y), x)
@@ -179,6 +186,10 @@ def test_grid(name):
     module = module_of(name)
     (q, k, v), call = call_of(module, on_grid=True)
     rows, columns = call["grid"]
+    if module.capabilities.grid == "refused":
+        with pytest.raises(Unsupported, match=f"{name}.*grid"):
+            module(q, k, v, **call)
+        return
     out = module(q, k, v, **call)
     if module.capabilities.grid == "ignored":
         call["grid"] = None
@@ -200,18 +211,19 @@ def test_decode(name):
     (q, k, v), call = call_of(module)
     if not module.capabilities.keeps_state:
         with pytest.raises(Unsupported, match=name):
-            module.step(q, k, v, None)
+            module.step(q, k, v, None, **call)
         return
     full = module(q, k, v, is_causal=True, **call)
     state, steps, sizes = None, [], set()
     for part in (slice(0, 6), slice(6, 7), slice(7, 12), slice(12, 15)):
-        out, state = module.step(q[:, :, part], k[:, :, part], v[:, :, part], state, **call)
+        given = part_of(call, slice(None), part)
+        out, state = module.step(q[:, :, part], k[:, :, part], v[:, :, part], state, **given)
         steps.append(out)
         sizes.add(sum(t.numel() for t in state.values()))
     close(torch.cat(steps, dim=2), full)
     if module.capabilities.decode == "constant state":
         assert len(sizes) == 1, "the state does not grow"
-    else:
+    if module.capabilities.decode == "growing state":
         assert sum(t.numel() for t in state.values()) < k.numel() + v.numel(), "smaller than a full cache"
     for tensor in state.values():
         assert tensor.shape[0] == len(q), "batch comes first, for beams"

@@ -21,7 +21,6 @@ CASES = sorted(GOLDEN.glob("*/*.safetensors"))
 REFUSED = [case for path in sorted(GOLDEN.glob("refused_*.json")) for case in json.loads(path.read_text())]
 
 PENDING = {
-    "context_pool", "vars",
     "relu2", "laplace", "softmax_plus", "mixed_chunk", "gau", "flash_gau",
     "generalized", "deformable", "dynamic_conv", "relative_2d",
     "deformable_conv2d", "augmented_conv2d", "dual_consistency",
@@ -94,7 +93,7 @@ def nest(flat: dict[str, torch.Tensor]) -> dict[str, object]:
     }
 
 
-RESERVED = ("param.", "grad.", "output", "cotangent")
+RESERVED = ("param.", "grad.", "output", "cotangent", "pooled_layer_input")
 
 
 @pytest.mark.parametrize("form", ["forward", "naive"])

@@ -1,0 +1,124 @@
+"""Products with a banded matrix: targets in bands, each band with its own window of sources, no N x N matrix.
+
+    out_i = sum_j R_ij x_j        R_ij = 0 beyond a distance
+
+The windows of neighbouring bands overlap in memory: they are read in place, and only their gradients are added up.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+BAND = 32
+"""Targets that share a window, measured on a 2-core CPU; a grid takes whole rows."""
+
+
+class Bands(NamedTuple):
+    """The m last of n tokens in T bands of c targets, and the window of s tokens each band may pool.
+
+    A band is some lines: tokens of a sequence, rows of a grid. Windows start `before` tokens ahead of their band.
+    """
+
+    count: int
+    """T"""
+    size: int
+    """c"""
+    span: int
+    """s"""
+    before: int
+    earlier: int
+    """n - m: tokens that are sources only."""
+    targets: int
+    """m"""
+    width: int
+    """Tokens a line."""
+
+    @classmethod
+    def of(cls, targets: int, earlier: int, width: int, reach: int | None, is_causal: bool) -> Bands:
+        size = min(max(1, BAND // width) * width, targets)
+        before = earlier + targets if reach is None else reach * width
+        span = before + size + (0 if is_causal else before)
+        if span >= earlier + targets:
+            return cls(1, targets, earlier + targets, earlier, earlier, targets, width)
+        # so many bands that the last window of a sequence ends in the empty places before the next one
+        count = -(-(-(-targets // size) * size + before) // size)
+        return cls(count, size, span, before, earlier, targets, width)
+
+    def sources(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(T,s) numbers of the tokens in each window, and whether there is one; where not, some other token's."""
+        start = torch.arange(self.count, device=device)[:, None] * self.size
+        token, tokens = (
+            start + torch.arange(self.span, device=device) + self.earlier - self.before,
+            self.earlier + self.targets,
+        )
+        return token.clamp(0, tokens - 1), (token >= 0) & (token < tokens)
+
+    def offsets(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(c,s) lines, and places in a line, from source to target; the same in every band."""
+        target = torch.arange(self.size, device=device)[:, None]
+        source = torch.arange(self.span, device=device) - self.before
+        return target // self.width - source // self.width, target % self.width - source % self.width
+
+    def split(self, x: Tensor) -> Tensor:
+        """(...,m) -> (...,T,c), the last target repeated."""
+        target = torch.arange(self.count * self.size, device=x.device).clamp(max=self.targets - 1)
+        return x.index_select(-1, target).unflatten(-1, (self.count, self.size))
+
+    def join(self, x: Tensor) -> Tensor:
+        """(...,T,c) -> (...,m)"""
+        return x.flatten(-2)[..., : self.targets]
+
+    def product(self, weight: Tensor, x: Tensor) -> Tensor:
+        """(G,T,c,s) weights times the windows of x (G,n,F): (G,m,F)."""
+        return _BandProduct.apply(weight, x, self)
+
+    def windows(self, x: Tensor) -> Tensor:
+        """(G,n,F) -> (G*T,s,F); the windows overlap in memory."""
+        if self.count == 1:
+            return x
+        groups, length, features = x.shape[0], self.count * self.size, x.shape[2]
+        buffer = x.new_zeros(groups * length + self.span - self.size, features)
+        self._places(buffer, groups).copy_(x[:, max(0, self.earlier - self.before) :])
+        return buffer.as_strided((groups * self.count, self.span, features), (self.size * features, features, 1))
+
+    def fold(self, windows: Tensor) -> Tensor:
+        """(G*T,s,F) -> (G,n,F), the sum over the windows a token is in."""
+        if self.count == 1:
+            return windows
+        bands, _, features = windows.shape
+        parts = -(-self.span // self.size)
+        buffer = windows.new_zeros(bands + parts - 1, self.size, features)
+        for part, piece in enumerate(windows.split(self.size, dim=1)):
+            buffer[part : part + bands, : piece.shape[1]] += piece
+        unread = max(0, self.earlier - self.before)
+        return functional.pad(self._places(buffer.flatten(0, 1), bands // self.count), (0, 0, unread, 0))
+
+    def _places(self, buffer: Tensor, groups: int) -> Tensor:
+        """The part of the buffer of all windows that holds tokens, (G,tokens,F)."""
+        length = self.count * self.size
+        return buffer[: groups * length].unflatten(0, (groups, length))[
+            :, max(0, self.before - self.earlier) : self.before + self.targets
+        ]
+
+
+class _BandProduct(torch.autograd.Function):
+    """`Bands.product`, with a backward pass that keeps no windows."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor, bands: Bands) -> Tensor:
+        ctx.save_for_backward(weight, x)
+        ctx.bands = bands
+        out = torch.bmm(weight.flatten(0, 1), bands.windows(x))
+        return out.view(x.shape[0], -1, x.shape[2])[:, : bands.targets]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight, x), bands = ctx.saved_tensors, ctx.bands
+        grad = functional.pad(grad, (0, 0, 0, bands.count * bands.size - bands.targets))
+        grad = grad.reshape(-1, bands.size, grad.shape[2])
+        to_weight = torch.bmm(grad, bands.windows(x).transpose(1, 2)).view_as(weight)
+        return to_weight, bands.fold(torch.bmm(weight.flatten(0, 1).transpose(1, 2), grad)), None

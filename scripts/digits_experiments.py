@@ -74,7 +74,7 @@ EXPERIMENTS = {
     "topological": Experiment(
         "without positions the 2-D Toeplitz mask above no mask",
         {
-            "no mask": ("rfa", {"feature_map": "relu-only"}),
+            "no mask": ("topological", {"mask_type": "none"}),
             "2-D Toeplitz mask": ("topological", {}),
         },
         positions=(False, True),

@@ -23,7 +23,7 @@ class Bands(NamedTuple):
     A band is some lines: tokens of a sequence, rows of a grid. Windows start `before` tokens ahead of their band.
     """
 
-    count: int
+    number: int
     """T"""
     size: int
     """c"""
@@ -50,7 +50,7 @@ class Bands(NamedTuple):
 
     def sources(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(T,s) numbers of the tokens in each window, and whether there is one; where not, some other token's."""
-        start = torch.arange(self.count, device=device)[:, None] * self.size
+        start = torch.arange(self.number, device=device)[:, None] * self.size
         token, tokens = (
             start + torch.arange(self.span, device=device) + self.earlier - self.before,
             self.earlier + self.targets,
@@ -65,8 +65,8 @@ class Bands(NamedTuple):
 
     def split(self, x: Tensor) -> Tensor:
         """(...,m) -> (...,T,c), the last target repeated."""
-        target = torch.arange(self.count * self.size, device=x.device).clamp(max=self.targets - 1)
-        return x.index_select(-1, target).unflatten(-1, (self.count, self.size))
+        target = torch.arange(self.number * self.size, device=x.device).clamp(max=self.targets - 1)
+        return x.index_select(-1, target).unflatten(-1, (self.number, self.size))
 
     def join(self, x: Tensor) -> Tensor:
         """(...,T,c) -> (...,m)"""
@@ -78,16 +78,16 @@ class Bands(NamedTuple):
 
     def windows(self, x: Tensor) -> Tensor:
         """(G,n,F) -> (G*T,s,F); the windows overlap in memory."""
-        if self.count == 1:
+        if self.number == 1:
             return x
-        groups, length, features = x.shape[0], self.count * self.size, x.shape[2]
+        groups, length, features = x.shape[0], self.number * self.size, x.shape[2]
         buffer = x.new_zeros(groups * length + self.span - self.size, features)
         self._places(buffer, groups).copy_(x[:, max(0, self.earlier - self.before) :])
-        return buffer.as_strided((groups * self.count, self.span, features), (self.size * features, features, 1))
+        return buffer.as_strided((groups * self.number, self.span, features), (self.size * features, features, 1))
 
     def fold(self, windows: Tensor) -> Tensor:
         """(G*T,s,F) -> (G,n,F), the sum over the windows a token is in."""
-        if self.count == 1:
+        if self.number == 1:
             return windows
         bands, _, features = windows.shape
         parts = -(-self.span // self.size)
@@ -95,11 +95,11 @@ class Bands(NamedTuple):
         for part, piece in enumerate(windows.split(self.size, dim=1)):
             buffer[part : part + bands, : piece.shape[1]] += piece
         unread = max(0, self.earlier - self.before)
-        return functional.pad(self._places(buffer.flatten(0, 1), bands // self.count), (0, 0, unread, 0))
+        return functional.pad(self._places(buffer.flatten(0, 1), bands // self.number), (0, 0, unread, 0))
 
     def _places(self, buffer: Tensor, groups: int) -> Tensor:
         """The part of the buffer of all windows that holds tokens, (G,tokens,F)."""
-        length = self.count * self.size
+        length = self.number * self.size
         return buffer[: groups * length].unflatten(0, (groups, length))[
             :, max(0, self.before - self.earlier) : self.before + self.targets
         ]
@@ -118,7 +118,7 @@ class _BandProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight, x), bands = ctx.saved_tensors, ctx.bands
-        grad = functional.pad(grad, (0, 0, 0, bands.count * bands.size - bands.targets))
+        grad = functional.pad(grad, (0, 0, 0, bands.number * bands.size - bands.targets))
         grad = grad.reshape(-1, bands.size, grad.shape[2])
         to_weight = torch.bmm(grad, bands.windows(x).transpose(1, 2)).view_as(weight)
         return to_weight, bands.fold(torch.bmm(weight.flatten(0, 1).transpose(1, 2), grad)), None

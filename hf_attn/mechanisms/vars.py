@@ -198,7 +198,8 @@ class VarsAttention(AttentionModule):
         adjoint = dictionary.transpose(-1, -2)
         bound = 1 + (adjoint @ dictionary).detach().abs().sum(dim=-1).amax(dim=-1)[..., None, None]
         transform = torch.eye(dictionary.shape[-1]).to(dictionary)
-        sparsity, learned = self.sparsity, self.options.learned
+        learned = self.options.learned
+        sparsity: float | Tensor = self.sparsity
         if learned:
             transform, bound = self.gram_transform.to(value.dtype), bound / self.step_scale.to(value.dtype)
             sparsity = sparsity * self.sparsity_scale.to(value.dtype)

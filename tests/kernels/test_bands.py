@@ -48,8 +48,8 @@ def case(targets, earlier, width, reach, causal, groups=3):
 def test_the_product_is_that_of_the_whole_matrix(cut):
     found, matrix, weight, x = case(*cut)
     torch.testing.assert_close(found.product(weight, x), matrix @ x)
-    assert (found.count > 1) == (weight.numel() < matrix.numel()), "only the windows are held"
-    assert found.count > 1 or cut[0] < 30 or cut[3] is None or cut[2] * cut[3] > 16
+    assert (found.number > 1) == (weight.numel() < matrix.numel()), "only the windows are held"
+    assert found.number > 1 or cut[0] < 30 or cut[3] is None or cut[2] * cut[3] > 16
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
@@ -68,7 +68,7 @@ def test_places_in_a_window_are_those_of_the_tokens(cut):
     target = found.split(torch.arange(cut[0])) + cut[1]
     line, place = found.offsets(torch.device("cpu"))
     width = cut[2]
-    real = inside[:, None] & (torch.arange(found.count * found.size) < cut[0]).view(found.count, -1, 1)
+    real = inside[:, None] & (torch.arange(found.number * found.size) < cut[0]).view(found.number, -1, 1)
     lines = target[:, :, None] // width - source[:, None] // width
     places = target[:, :, None] % width - source[:, None] % width
     # lines are counted from the first target, which starts one

@@ -356,17 +356,21 @@ class ContextPool(AttentionModule):
         near = lines >= 0 if call.is_causal else torch.ones_like(lines, dtype=torch.bool)
         if reach is not None:
             near = near & (lines.abs() <= reach) & (places.abs() <= reach)
-        source, inside = bands.sources(logits.device)
-        visible = near & inside[:, None]
+        source, seen = bands.sources(logits.device)
+        lonely = None
         if real is not None:
-            visible = visible & real[:, source][:, None, :, None]
-        log_window = -(lines.square() + places.square()) / (2 * bands.split(support)[..., None].square())
+            seen = (seen & real[:, source])[:, None]
+            lonely = ~bands.join((near & seen[..., None, :]).any(dim=-1))[..., None]
+        # a number, for rows that see nothing: minus infinity would make them not-a-number
+        hidden = torch.finfo(logits.dtype).min / 8
+        beyond = torch.zeros_like(near, dtype=logits.dtype).masked_fill(~near, hidden)
+        square = (lines.square() + places.square()).to(logits.dtype)
+        log_window = torch.addcmul(beyond, square, -0.5 / bands.split(support)[..., None].square())
         if self.options.normalize:
-            weight = masked_softmax(logits[..., source][..., None, :] + log_window, visible)
+            weight = (torch.where(seen, logits[..., source], hidden)[..., None, :] + log_window).softmax(dim=-1)
         else:
             share = masked_softmax(logits, None if real is None else real[:, None])
-            weight = torch.where(visible, share[..., source][..., None, :] * log_window.exp(), 0)
-        lonely = None if real is None else ~bands.join(visible.any(dim=-1))[..., None]
+            weight = torch.where(seen, share[..., source], 0)[..., None, :] * log_window.exp()
 
         def pool(x: Tensor) -> Tensor:
             tokens = x[:, :, prefix:]

@@ -31,8 +31,12 @@ SENTENCE = "The old cat that chased two mice yesterday is asleep on the warm mat
 LAYER = {"sentence": 2, "digit": 1}
 DIGIT = 3
 QUERY = (3, 4)
-SMALL = {"hypercube": {"block_size": 2}, "mra": {"block_size": 4, "block_per_row": 2}}
-"""Options that show more of a mechanism in a short sentence than its defaults, which are for long ones."""
+SMALL = {
+    "hypercube": {"block_size": 2},
+    "mra": {"block_size": 4, "block_per_row": 2},
+    "dynamic_conv": {"renormalize": True},
+}
+"""Options that show more of a mechanism in a short sentence than its defaults, or that its weights need."""
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 

@@ -87,7 +87,8 @@ class DynamicConvolution(AttentionModule):
             decode="constant state",
             learned=True,
             needs_layer_input=options.predict_from == "layer_input",
-            attention_weights=True,
+            # without it rows sum to less than one near edges: a kernel, but no attention weights
+            attention_weights=options.renormalize,
             dropout=True,
         )
 

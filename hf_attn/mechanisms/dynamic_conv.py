@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_attn.capabilities import Capabilities
-from hf_attn.errors import InvalidInput, Unsupported
 from hf_attn.functional import masked_softmax
 from hf_attn.module import AttentionModule, Call, State
 from hf_attn.options import Options
@@ -103,19 +102,8 @@ class DynamicConvolution(AttentionModule):
 
     def _call(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Call:
         call = super()._call(query, key, value, **arguments)
-        if not self.capabilities.needs_layer_input:
-            return call
-        if call.layer_input is None:
-            raise Unsupported(
-                self.name,
-                "no layer_input was given, and predict_from='layer_input'",
-                "Pass layer_input (B,N,H*D), or use predict_from='query'",
-            )
-        expected = (call.batch, call.queries, self.num_heads * self.head_dim)
-        if call.layer_input.shape != expected:
-            raise InvalidInput(
-                f"{self.name}: layer_input must be (B,N,H*D) = {expected}; got {tuple(call.layer_input.shape)}."
-            )
+        if self.capabilities.needs_layer_input:
+            call.require_layer_input(self.name, "predict_from='layer_input'", "use predict_from='query'")
         return call
 
     def logits(self, call: Call) -> Tensor:

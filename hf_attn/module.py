@@ -157,6 +157,16 @@ class Call:
                 "Drop the prefix tokens (mean pooling)",
             )
 
+    def require_layer_input(self, name: str, why: str, remedy: str) -> None:
+        """Raise unless `layer_input` is there and (B,N,H*D); `why` names what needs it, `remedy` what does not."""
+        if self.layer_input is None:
+            raise Unsupported(name, f"no layer_input was given, and {why}", f"Pass layer_input (B,N,H*D), or {remedy}")
+        expected = (self.batch, self.queries, self.query.shape[1] * self.query.shape[3])
+        if self.layer_input.shape != expected:
+            raise InvalidInput(
+                f"{name}: layer_input must be (B,N,H*D) = {expected}; got {tuple(self.layer_input.shape)}."
+            )
+
 
 class AttentionModule(nn.Module):
     """A mechanism with its options, parameters and buffers: `module(query, key, value, ...)`.

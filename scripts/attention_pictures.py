@@ -35,8 +35,9 @@ SMALL = {
     "hypercube": {"block_size": 2},
     "mra": {"block_size": 4, "block_per_row": 2},
     "context_pool": {"support_ratio": 1.0},
+    "dynamic_conv": {"renormalize": True},
 }
-"""Options that show more of a mechanism in so few tokens than its defaults."""
+"""Options that show more of a mechanism in so few tokens than its defaults, or that its weights need."""
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 

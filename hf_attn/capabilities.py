@@ -39,6 +39,8 @@ class Capabilities:
     needs_layer_input: bool = False
     attention_weights: bool = False
     """The implied (B,H,N,M) weights can be returned, exactly."""
+    convex: bool = True
+    """The weights of a row with visible keys are at least 0 and sum to one."""
     dropout: bool = False
     """Attention dropout acts on the weights; otherwise it has no effect, with one warning."""
     compile: bool = True

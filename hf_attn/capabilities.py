@@ -18,6 +18,8 @@ class Capabilities:
     """Keys of another sequence (N != M without causal order)."""
     padding: bool = True
     """`key_padding_mask`, exact: a padded token never matters."""
+    padding_anywhere: bool = True
+    """Padding before and between real tokens as well; otherwise it must stand at the end."""
     padding_equals_cutting: Literal["anywhere", "at the end", "nowhere"] = "anywhere"
     """Where padding gives real tokens what they give with it cut off; windows and blocks count the places before."""
     packed: bool = False

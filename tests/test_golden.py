@@ -22,7 +22,7 @@ REFUSED = [case for path in sorted(GOLDEN.glob("refused_*.json")) for case in js
 
 PENDING = {
     "context_pool", "vars",
-    "mixed_chunk", "gau", "flash_gau",
+    "gau", "flash_gau",
     "generalized", "deformable", "dynamic_conv", "relative_2d",
     "deformable_conv2d", "augmented_conv2d", "dual_consistency",
     "ssta", "dual_encoder", "population", "inversion", "neural_ef", "world_model",

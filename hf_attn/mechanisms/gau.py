@@ -67,7 +67,14 @@ class Relu2Options(Options):
 
 @dataclass(frozen=True)
 class LaplaceOptions(Relu2Options):
-    """Options of `laplace`, those of `relu2`."""
+    """Options of `laplace`, those of `relu2`.
+
+    Attributes:
+        quad_norm: what divides the scores: "ref", "length", "valid" or "sqrt_s".
+        n_ref: reference length, never taken from the input.
+        rel_pos_bias: learned bias of the scores by head and distance.
+        max_position_embeddings: n_max, the length the bias is made for.
+    """
 
     mechanism: ClassVar[str] = "laplace"
 

@@ -17,7 +17,7 @@ When not: under pretrained softmax weights without training; for long inputs, as
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -117,6 +117,14 @@ def toeplitz(table: Tensor, first: int, queries: int, keys: int) -> Tensor:
     return table[:, last : last + queries + keys - 1].unfold(-1, keys, 1).flip(1)
 
 
+def all_visible(call: Call) -> Tensor:
+    """`call.visible()`, also where every query sees every key."""
+    visible = call.visible()
+    if visible is None:
+        return torch.ones(1, 1, call.queries, call.keys, dtype=torch.bool, device=call.query.device)
+    return visible
+
+
 class _Biased(AttentionModule):
     """The learned bias by distance, and the number of keys a query sees."""
 
@@ -158,15 +166,14 @@ class _Biased(AttentionModule):
         return self.rel_bias.to(call.query.dtype)[:, distance + self.options.max_position_embeddings - 1]
 
 
-def _visible_keys(call: Call) -> Tensor:
-    """(B|1,1|H,N|1,1) number of keys a query sees, at least 1, in the dtype of the call; without an N x M table."""
-    device, dtype = call.query.device, call.query.dtype
+def _visible_keys(call: Call, dtype: torch.dtype) -> Tensor:
+    """(B|1,1|H,N|1,1) number of keys a query sees, at least 1; without an N x M table of its own."""
     visible = None if call.attention_mask is None else call.visible()
     if visible is not None:
         count = visible.sum(dim=-1, keepdim=True)
     elif call.key_padding_mask is None:
         first = call.keys - call.queries + 1 if call.is_causal else call.keys
-        count = torch.arange(first, call.keys + 1, device=device)[None, None, :, None]
+        count = torch.arange(first, call.keys + 1, device=call.query.device)[None, None, :, None]
     elif call.is_causal:
         count = call.key_padding_mask.cumsum(dim=-1)[:, None, call.keys - call.queries :, None]
     else:
@@ -179,6 +186,7 @@ class SquaredReluAttention(_Biased):
 
     name = "relu2"
     options_class = Relu2Options
+    function = staticmethod(relu2)
 
     @classmethod
     def describe(cls, options: Relu2Options) -> Capabilities:
@@ -197,8 +205,6 @@ class SquaredReluAttention(_Biased):
             derived=("several heads, no gate", "padding") + (() if options.rel_pos_bias else ("cross-attention",)),
         )
 
-    function = staticmethod(relu2)
-
     def _call(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Call:
         if self.options.quad_norm == "length" and arguments.get("is_causal"):
             rule = "is_causal=True with quad_norm='length': the result of a prefix would change with the length"
@@ -208,9 +214,7 @@ class SquaredReluAttention(_Biased):
     # -- the definition --------------------------------------------------------------------------------------------
 
     def weights(self, call: Call) -> Tensor:
-        norm, visible = self.options.quad_norm, call.visible()
-        if visible is None:
-            visible = torch.ones(1, 1, call.queries, call.keys, dtype=torch.bool, device=call.query.device)
+        norm, visible = self.options.quad_norm, all_visible(call)
         # the reciprocal of an integer tensor would be float32
         count = visible.sum(dim=-1, keepdim=True).clamp(min=1).to(call.query.dtype)
         divisor: Any = {"ref": self.options.n_ref, "length": call.keys, "valid": count, "sqrt_s": self.head_dim**0.5}[
@@ -228,7 +232,7 @@ class SquaredReluAttention(_Biased):
     def attend(self, call: Call) -> Tensor:
         """A span of queries at a time, over the keys that causal order leaves it."""
         norm, factor, earlier = self.options.quad_norm, call.scale * self.head_dim**0.5, call.keys - call.queries
-        count = _visible_keys(call) if norm in ("valid", "sqrt_s") else 1
+        count = _visible_keys(call, call.query.dtype) if norm in ("valid", "sqrt_s") else 1
         divisor: Any = {"ref": self.options.n_ref, "length": call.keys, "valid": count, "sqrt_s": self.head_dim**0.5}[
             norm
         ]
@@ -298,9 +302,7 @@ class SoftmaxPlusAttention(_Biased):
         )
 
     def weights(self, call: Call) -> Tensor:
-        visible = call.visible()
-        if visible is None:
-            visible = torch.ones(1, 1, call.queries, call.keys, dtype=torch.bool, device=call.query.device)
+        visible = all_visible(call)
         count = visible.sum(dim=-1, keepdim=True).clamp(min=SHORTEST)
         logits = call.scale * (call.query @ call.key.transpose(-1, -2))
         if self.options.rel_pos_bias:
@@ -311,7 +313,7 @@ class SoftmaxPlusAttention(_Biased):
         """The factor of a row goes into its query, and the kernels of `softmax` do the rest."""
         # counts of tokens do not fit in half precision
         exact = torch.promote_types(call.query.dtype, torch.float32)
-        count = _visible_keys(replace(call, query=call.query.to(exact)))
+        count = _visible_keys(call, exact)
         factor = count.clamp(min=SHORTEST).log() / math.log(self.options.n_ref)
         mask, padding, causal = None, call.key_padding_mask, call.is_causal
         if call.attention_mask is not None:

@@ -29,7 +29,7 @@ from hf_attn.errors import Unsupported
 from hf_attn.functional import masked_softmax
 from hf_attn.kernels import flash
 from hf_attn.masks import causal_order
-from hf_attn.mechanisms.gau import laplace, relu2, toeplitz
+from hf_attn.mechanisms.gau import all_visible, laplace, relu2, toeplitz
 from hf_attn.module import AttentionModule, Call, State
 from hf_attn.options import Options
 from hf_attn.registry import Mechanism, register
@@ -130,9 +130,7 @@ class MixedChunkAttention(AttentionModule):
     # -- the definition --------------------------------------------------------------------------------------------
 
     def weights(self, call: Call) -> Tensor:
-        options, size, visible = self.options, self.options.chunk_size, call.visible()
-        if visible is None:
-            visible = torch.ones(1, 1, call.queries, call.keys, dtype=torch.bool, device=call.query.device)
+        options, size, visible = self.options, self.options.chunk_size, all_visible(call)
         place = torch.arange(call.keys, device=call.query.device)
         own = place[call.keys - call.queries :, None]
         near = visible & (own // size == place // size)

@@ -33,7 +33,7 @@ from hf_attn.module import AttentionModule, Call
 from hf_attn.options import Options
 from hf_attn.registry import Mechanism, register
 
-SPAN = 1024
+SPAN = 256
 """Queries handled at once; beyond that many, training computes the weights again instead of keeping them."""
 SHORTEST = 16
 """The least number of visible keys that softmax_plus counts."""

@@ -18,6 +18,8 @@ class Capabilities:
     """Keys of another sequence (N != M without causal order)."""
     padding: bool = True
     """`key_padding_mask`, exact: a padded token never matters."""
+    padding_anywhere: bool = True
+    """Padding before and between real tokens as well; otherwise it must stand at the end."""
     padding_equals_cutting: Literal["anywhere", "at the end", "nowhere"] = "anywhere"
     """Where padding gives real tokens what they give with it cut off; windows and blocks count the places before."""
     packed: bool = False
@@ -39,6 +41,8 @@ class Capabilities:
     needs_layer_input: bool = False
     attention_weights: bool = False
     """The implied (B,H,N,M) weights can be returned, exactly."""
+    convex: bool = True
+    """The weights of a row with visible keys are at least 0 and sum to one."""
     dropout: bool = False
     """Attention dropout acts on the weights; otherwise it has no effect, with one warning."""
     compile: bool = True

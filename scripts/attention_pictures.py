@@ -31,11 +31,11 @@ SENTENCE = "The old cat that chased two mice yesterday is asleep on the warm mat
 LAYER = {"sentence": 2, "digit": 1}
 DIGIT = 3
 QUERY = (3, 4)
-SMALL = {
     "hypercube": {"block_size": 2},
     "mra": {"block_size": 4, "block_per_row": 2},
     "context_pool": {"support_ratio": 1.0},
     "dynamic_conv": {"renormalize": True},
+    "mixed_chunk": {"chunk_size": 4},
 }
 """Options that show more of a mechanism in so few tokens than its defaults, or that its weights need."""
 IMAGES = Path(__file__).parents[1] / "docs" / "images"

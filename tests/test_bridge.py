@@ -41,7 +41,7 @@ def test_grouped_keys_are_shared_by_their_queries(name):
     module = module_of(name)
     (q, k, v), call = call_of(module)
     out, _ = run(module, q, k[:, :1], v[:, :1], **call)
-    shared = [x[:, :1].expand(-1, HEADS, -1, -1) for x in (k, v)]
+    shared = [x[:, :1].repeat_interleave(HEADS, dim=1) for x in (k, v)]
     torch.testing.assert_close(out.transpose(1, 2), module(q, *shared, **call), rtol=0, atol=0)
 
 

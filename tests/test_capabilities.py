@@ -21,15 +21,15 @@ def close(a, b, tolerance=1e-10):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def padding_masks(length: int) -> torch.Tensor:
-    """Right, left, both sides and scattered padding, and a wholly padded row."""
+def padding_masks(length: int, anywhere: bool) -> torch.Tensor:
+    """Right, left, both sides and scattered padding, and a wholly padded row; as much on the right, if not `anywhere`."""
     masks = torch.ones(5, length, dtype=torch.bool)
     masks[0, length - 4 :] = False
     masks[1, :5] = False
     masks[2, :2] = masks[2, -3:] = False
     masks[3, 1::3] = False
     masks[4] = False
-    return masks
+    return masks if anywhere else masks.sort(dim=1, descending=True).values
 
 
 @every
@@ -98,7 +98,7 @@ def test_padding_never_matters_and_never_gives_nan(name, is_causal):
         pytest.skip("not causal: refused in test_causal_with_offset")
     (q, k, v), call = call_of(module, batch=5)
     call["is_causal"] = is_causal
-    masks = padding_masks(q.shape[2])
+    masks = padding_masks(q.shape[2], module.capabilities.padding_anywhere)
     out = module(q, k, v, key_padding_mask=masks, **call)
     assert torch.isfinite(out).all()
     assert not out[4].any(), "a query that sees no key gives zeros"
@@ -121,7 +121,11 @@ def test_padded_equals_truncated_equals_alone(name, is_causal):
     length = q.shape[2]
     masks = torch.ones(3, length, dtype=torch.bool)
     masks[1, length - 6 :] = False
-    masks[2, :6] = False
+    if module.capabilities.padding_anywhere:
+        masks[2, :6] = False
+    else:
+        with pytest.raises(Unsupported, match=f"{name}.*padding_side"):
+            module(q, k, v, key_padding_mask=masks.flip(1), **call)
     out = module(q, k, v, key_padding_mask=masks, **call)
     where = module.capabilities.padding_equals_cutting
 
@@ -139,7 +143,9 @@ def test_padded_equals_truncated_equals_alone(name, is_causal):
 def test_fully_padded_rows_have_finite_gradients(name):
     module = module_of(name)
     (q, k, v), call = call_of(module, batch=5, requires_grad=True)
-    module(q, k, v, key_padding_mask=padding_masks(q.shape[2]), **call).square().sum().backward()
+    module(
+        q, k, v, key_padding_mask=padding_masks(q.shape[2], module.capabilities.padding_anywhere), **call
+    ).square().sum().backward()
     for tensor in (q, k, v, *module.parameters()):
         assert tensor.grad is None or torch.isfinite(tensor.grad).all()
 
@@ -323,7 +329,7 @@ def test_compile_fullgraph(name, mode):
             pytest.skip("not causal")
         call["is_causal"] = True
     if mode == "padding":
-        call["key_padding_mask"] = padding_masks(q.shape[2])[:2]
+        call["key_padding_mask"] = padding_masks(q.shape[2], module.capabilities.padding_anywhere)[:2]
     torch.compiler.reset()  # every mechanism shares one forward, and what is compiled of it is limited
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     assert module.capabilities.compile
@@ -354,11 +360,13 @@ def test_dropout(name):
 
 @every
 def test_identities_of_every_mechanism(name):
-    """Constant values come out unchanged: rows are convex weights."""
+    """Constant values come out unchanged where rows are convex weights, and only there."""
     module = module_of(name)
     (q, k, v), call = call_of(module)
     weighted = module(q, k, torch.full_like(v, 2.5), **call)
-    if module.capabilities.attention_weights:
+    if not module.capabilities.convex:
+        assert (weighted - 2.5).abs().max() > 1e-3
+    elif module.capabilities.attention_weights:
         close(weighted, torch.full_like(v, 2.5))
 
 

@@ -21,7 +21,7 @@ CASES = sorted(GOLDEN.glob("*/*.safetensors"))
 REFUSED = [case for path in sorted(GOLDEN.glob("refused_*.json")) for case in json.loads(path.read_text())]
 
 PENDING = {
-    "relu2", "laplace", "softmax_plus", "mixed_chunk", "gau", "flash_gau",
+    "gau", "flash_gau",
     "generalized", "relative_2d",
     "deformable_conv2d", "augmented_conv2d", "dual_consistency",
     "ssta", "dual_encoder", "population", "inversion", "neural_ef", "world_model",

@@ -14,3 +14,5 @@ from hf_attn.mechanisms import context_pool
 from hf_attn.mechanisms import vars
 from hf_attn.mechanisms import deformable
 from hf_attn.mechanisms import dynamic_conv
+from hf_attn.mechanisms import gau
+from hf_attn.mechanisms import mixed_chunk

@@ -31,6 +31,9 @@ QUERY_AND_VALUE = {"bert": ["query", "value"], "vit": ["q_proj", "v_proj"], "gpt
 
 def model_of(family: str, mechanism: str, **fields):
     cls = getattr(hf_attn, MAIN[family])
+    if mechanism == "relu2":
+        # over the default length, the squares of a new model's small scores vanish
+        fields = {"attention_options": {"n_ref": 8}, **fields}
     return cls(cls.config_class(**SIZES[family], attn_implementation=mechanism, **fields))
 
 
@@ -144,6 +147,8 @@ def test_attention_maps_are_exact_or_refused(family, mechanism):
         assert not maps[0][hidden].any()
     if family == "gpt2":
         assert not maps[0].triu(1).any()
+    if not all(m.mechanism.capabilities.convex for m in attention_modules(model).values()):
+        return
     rows = maps[0].sum(-1).transpose(1, 2)[seen]
     torch.testing.assert_close(rows, torch.ones_like(rows), rtol=1e-9, atol=1e-9)
 

@@ -23,7 +23,7 @@ REFUSED = [case for path in sorted(GOLDEN.glob("refused_*.json")) for case in js
 PENDING = {
     "context_pool", "vars",
     "relu2", "laplace", "softmax_plus", "mixed_chunk", "gau", "flash_gau",
-    "generalized", "deformable", "dynamic_conv",
+    "deformable", "dynamic_conv",
     "deformable_conv2d", "augmented_conv2d", "dual_consistency",
     "ssta", "dual_encoder", "population", "inversion", "neural_ef", "world_model",
 }  # fmt: skip

@@ -209,6 +209,10 @@ class AttentionModule(nn.Module):
         initialises the missing ones.
         """
 
+    def reset_beside_pretrained(self) -> None:
+        """`reset_parameters` for a model whose own weights are trained; differs where that start would disturb them."""
+        self.reset_parameters()
+
     def forward(
         self,
         query: Tensor,

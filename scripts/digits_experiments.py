@@ -82,6 +82,19 @@ EXPERIMENTS = {
         heads=4,
         epochs=30,
     ),
+    "generalized": Experiment(
+        "without positions 0111 not below 1111 by more than 0.02; 0110 above 1000 by more than 0.15",
+        {
+            **{
+                f"generalized, {beta}": ("generalized", {"beta": beta, "position_dim": 16})
+                for beta in ("0000", "1000", "0010", "1010", "0001", "0011", "0100", "0110", "0111", "1111")
+            },
+            "relative_2d": ("relative_2d", {}),
+        },
+        positions=(False,),
+        patch=2,
+        heads=4,
+    ),
 }
 
 

@@ -22,7 +22,6 @@ REFUSED = [case for path in sorted(GOLDEN.glob("refused_*.json")) for case in js
 
 PENDING = {
     "gau", "flash_gau",
-    "generalized", "relative_2d",
     "deformable_conv2d", "augmented_conv2d", "dual_consistency",
     "ssta", "dual_encoder", "population", "inversion", "neural_ef", "world_model",
 }  # fmt: skip

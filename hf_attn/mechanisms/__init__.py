@@ -12,7 +12,9 @@ from hf_attn.mechanisms import mra
 from hf_attn.mechanisms import hypercube
 from hf_attn.mechanisms import context_pool
 from hf_attn.mechanisms import vars
+from hf_attn.mechanisms import generalized
 from hf_attn.mechanisms import deformable
 from hf_attn.mechanisms import dynamic_conv
+from hf_attn.mechanisms import relative_2d
 from hf_attn.mechanisms import gau
 from hf_attn.mechanisms import mixed_chunk

@@ -49,7 +49,8 @@ class AttnModelMixin:
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, AttentionModule):
-            module.reset_parameters()
+            # transformers calls this for parameters that a checkpoint lacks
+            module.reset_beside_pretrained()
         else:
             super()._init_weights(module)
 
@@ -74,7 +75,7 @@ class AttnModelMixin:
             allow_all_kernels: accepted for compatibility with transformers; mechanisms load no Hub kernels.
             attention_options: options of the default mechanism.
         """
-        spec = attach(self, canonical(attn_implementation, attention_options))
+        spec = attach(self, canonical(attn_implementation, attention_options), pretrained=True)
         self.config.attention = spec
         self.config._attn_implementation_internal = spec["default"]["name"]
 
@@ -219,7 +220,7 @@ def convert(model: PreTrainedModel, attention: str | dict[str, Any], **options: 
             f"it is made of sub-models ({parts})",
             "Convert one of its sub-models instead",
         )
-    spec = attach(model, canonical(attention, options))
+    spec = attach(model, canonical(attention, options), pretrained=True)
     adopt_model(model, spec)
     return model
 

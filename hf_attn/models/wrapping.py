@@ -66,8 +66,10 @@ def _uses_interface(cls: type) -> bool:
     return code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code.co_names)
 
 
-def attach(model: nn.Module, spec: Spec) -> Spec:
+def attach(model: nn.Module, spec: Spec, pretrained: bool = False) -> Spec:
     """Give every attention module of `model` the mechanism `spec` names; all or nothing.
+
+    `pretrained` models get mechanisms that start without disturbing their weights, where a mechanism has such a start.
 
     Returns the spec with the options that were filled in from the model's configuration.
 
@@ -87,7 +89,7 @@ def attach(model: nn.Module, spec: Spec) -> Spec:
     for path, module in modules.items():
         host = hosts[path]
         entry = entries[host.layer_idx]
-        built[path], options = build_for(host, entry, module)
+        built[path], options = build_for(host, entry, module, pretrained)
         filled[id(entry)] = {"name": entry["name"], **options}
     for path, module in modules.items():
         if not isinstance(module, WrappedAttention):
@@ -96,7 +98,9 @@ def attach(model: nn.Module, spec: Spec) -> Spec:
     return {key: filled.get(id(entry), entry) for key, entry in spec.items()}
 
 
-def build_for(host: Host, entry: dict[str, Any], module: nn.Module) -> tuple[AttentionModule, dict[str, Any]]:
+def build_for(
+    host: Host, entry: dict[str, Any], module: nn.Module, pretrained: bool = False
+) -> tuple[AttentionModule, dict[str, Any]]:
     """The mechanism of one attention module, checked against what it asks for, and its options."""
     mechanism = get_mechanism(entry["name"])
     given = {k: v for k, v in entry.items() if k != "name"}
@@ -108,7 +112,10 @@ def build_for(host: Host, entry: dict[str, Any], module: nn.Module) -> tuple[Att
         built = mechanism.module_class(host.num_heads, host.head_dim, parsed)
     built.to(like.dtype)
     if like.device.type != "meta":
-        built.reset_parameters()
+        if pretrained:
+            built.reset_beside_pretrained()
+        else:
+            built.reset_parameters()
     return built.train(module.training), options
 
 

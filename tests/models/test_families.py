@@ -132,7 +132,7 @@ def test_a_stock_checkpoint_loads_and_every_parameter_is_at_its_start(family, me
     for path, module in attention_modules(model).items():
         assert module.mechanism.name == mechanism
         fresh = type(module.mechanism)(module.mechanism.num_heads, module.mechanism.head_dim, module.mechanism.options)
-        fresh.reset_parameters()
+        fresh.reset_beside_pretrained()
         for name, value in fresh.state_dict().items():
             loaded = module.mechanism.state_dict()[name]
             if _is_random(fresh, name):
@@ -147,7 +147,7 @@ def test_a_stock_checkpoint_loads_and_every_parameter_is_at_its_start(family, me
 
 def _is_random(module, name: str) -> bool:
     before = module.state_dict()[name].clone()
-    module.reset_parameters()
+    module.reset_beside_pretrained()
     return not torch.equal(before, module.state_dict()[name])
 
 

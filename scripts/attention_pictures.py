@@ -31,6 +31,7 @@ SENTENCE = "The old cat that chased two mice yesterday is asleep on the warm mat
 LAYER = {"sentence": 2, "digit": 1}
 DIGIT = 3
 QUERY = (3, 4)
+SMALL = {
     "hypercube": {"block_size": 2},
     "mra": {"block_size": 4, "block_per_row": 2},
     "context_pool": {"support_ratio": 1.0},

@@ -413,8 +413,8 @@ def test_other_systems_say_that_memory_is_not_measured(monkeypatch, tmp_path):
 @needs_record
 def test_without_a_peak_that_can_be_reset_the_first_run_counts(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "CLEAR", tmp_path / "none" / "clear_refs")
-    # the code of the step is read into memory, too
-    assert 60 < bench.peak_memory(lambda: torch.ones(64 * 2**18)).mib < 100
+    # the code of the step, and what torch sets up on its first run, is read into memory, too
+    assert 60 < bench.peak_memory(lambda: torch.ones(64 * 2**18)).mib < 2 * 64
 
 
 # CUDA, without a device

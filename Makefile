@@ -39,14 +39,19 @@ format: install ## Let ruff fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# the budgets at which mechanisms are compared: 64 landmarks or features, blocks of 64, 4 blocks a row
+BENCHED := softmax rfa randomized lara:num_landmarks=64 eva:window_size=64,chunk_size=16 ripple topological \
+	mra:block_per_row=4 hypercube:block_size=64 context_pool vars generalized deformable dynamic_conv \
+	relative_2d relu2 laplace softmax_plus mixed_chunk
 bench: install ## Time and memory of every mechanism on this machine's CPU, gated by correctness
-	$(BIN)/python scripts/bench.py --device cpu --output docs/benchmarks/cpu
+	$(BIN)/python scripts/bench.py $(BENCHED) --lengths 1024 2048 4096 --output docs/benchmarks/cpu
+	$(BIN)/python scripts/bench.py softmax --model bert --output docs/benchmarks/cpu
 
 gpu-test: ## Kernels against their definitions on a GPU, with the Python that is active
 	$(PYTHON) -m pytest -m gpu
 
 gpu-bench: ## Time and memory of every mechanism on a GPU, with the Python that is active
-	$(PYTHON) scripts/bench.py --device cuda --dtype bfloat16 --batch 8 --heads 12 --output docs/benchmarks/gpu
+	$(PYTHON) scripts/bench.py $(BENCHED) --lengths 1024 4096 16384 --device cuda --dtype bfloat16 --batch 8 --heads 12 --output docs/benchmarks/gpu
 
 readme: install ## Write the generated table of capabilities into README.md
 	$(BIN)/python scripts/update_readme.py

@@ -171,7 +171,7 @@ class ContextPool(AttentionModule):
             learned=True,
             needs_layer_input=True,
             derived=(*(mode for mode, defined in derived if defined), *inner.derived),
-            pays_from="not measured",
+            pays_from="none: work on top of its inner mechanism",
         )
 
     @classmethod

@@ -89,6 +89,7 @@ class DynamicConvolution(AttentionModule):
             # without it rows sum to less than one near edges: a kernel, but no attention weights
             attention_weights=options.renormalize,
             dropout=True,
+            pays_from="256 (2-core CPU, float32, D = 64)",
         )
 
     def reset_parameters(self) -> None:

@@ -158,6 +158,7 @@ class EvaAttention(AttentionModule):
             random="" if options.noise_std == "none" else f"noise of the chunks: {when}",
             attention_weights=True,
             derived=tuple(mode for mode, defined in derived if defined),
+            pays_from="512 (2-core CPU, float32, D = 64, windows of 64)",
         )
 
     @classmethod

@@ -127,6 +127,7 @@ class GeneralizedAttention(AttentionModule):
             attention_weights=True,
             dropout=any(options.terms[:2]),
             derived=("CLS token",) if prefix else (),
+            pays_from="none up to 4096 (2-core CPU, float32, D = 64, terms 1111)",
         )
 
     @classmethod

@@ -68,6 +68,7 @@ class HypercubeAttention(AttentionModule):
             attention_weights=True,
             dropout=True,
             derived=("causal", "global tokens") if options.num_global_tokens else ("causal",),
+            pays_from="512 (2-core CPU, float32, D = 64, blocks of 64)",
         )
 
     def _call(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Call:

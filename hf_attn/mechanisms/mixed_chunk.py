@@ -92,6 +92,7 @@ class MixedChunkAttention(AttentionModule):
             attention_weights=True,
             convex=False,
             derived=("padding at the end",),
+            pays_from="512 (2-core CPU, float32, D = 64)",
         )
 
     def reset_parameters(self) -> None:

@@ -155,6 +155,7 @@ class MultiResolutionAttention(AttentionModule):
             prefix_tokens=tiled,
             attention_weights=True,
             derived=tuple(mode for mode, defined in derived if defined),
+            pays_from="512 (2-core CPU, float32, D = 64, 4 blocks of 32 a row)",
         )
 
     @classmethod

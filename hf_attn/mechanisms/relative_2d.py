@@ -78,6 +78,7 @@ class Relative2dAttention(AttentionModule):
             attention_weights=True,
             dropout=True,
             derived=("CLS token", "grids smaller than the tables"),
+            pays_from="none up to 4096 (2-core CPU, float32, D = 64)",
         )
 
     @classmethod

@@ -135,7 +135,7 @@ class VarsAttention(AttentionModule):
             learned=not dynamic or options.learned,
             random="" if options.kind == "static" else "template directions: once at construction, saved",
             derived=tuple(mode for mode, defined in derived if defined),
-            pays_from="not measured",
+            pays_from="1024 (2-core CPU, float32, D = 64, dynamic)",
         )
 
     @classmethod

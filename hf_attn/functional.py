@@ -140,6 +140,8 @@ def recomputed(function: Any, *arguments: Any) -> Tensor:
 
 CHUNK = 64
 """Tokens a chunk of the causal form: within it the work is quadratic, between chunks it is a recurrence."""
+NARROW = 40.0
+"""Spread of the log weights in a chunk up to which one reference serves all of it: exp(-40) is far from underflow."""
 SPAN = 32 * CHUNK
 """Tokens handled at once; longer sequences carry a state from span to span, so memory stays linear."""
 
@@ -197,9 +199,9 @@ def absorb(log_key: Tensor, value: Tensor, state: State) -> State:
 
 
 def _causal_span(log_query: Tensor, log_key: Tensor, value: Tensor, state: State) -> tuple[Tensor, State]:
-    """Causal attention of one span: chunks see the state before them, and their own past by halving.
+    """Causal attention of one span: chunks see the state before them, and their own past at once or by halving.
 
-    A query and a key of the same chunk meet at the level where halving puts them into sibling blocks; there the query
+    Halving is for keys of very different weight. A query and a key of the same chunk meet at the level where halving puts them into sibling blocks; there the query
     sees the whole key block, so weights relative to that block's maximum can only lose what is negligible. A single
     reference for the chunk could be set by a key that the query does not see, and would flush what it does see.
     """
@@ -213,7 +215,11 @@ def _causal_span(log_query: Tensor, log_key: Tensor, value: Tensor, state: State
     chunks = (tokens + pad) // size
     log_query, log_key, value = (x.unflatten(2, (chunks, size)) for x in (log_query, log_key, value))
 
-    before, after = _states_between_chunks(log_key, value, state)
+    largest = log_key.detach().amax(dim=3)
+    weight = (log_key - finite(largest)[:, :, :, None]).exp()
+    before, after = _states_between_chunks(largest, weight, value, state)
+    if _narrow(log_key, largest):
+        return _narrow_chunks(log_query, largest, weight, value, before).flatten(2, 3)[:, :, :tokens], after
     parts = [seen_block(log_query, before)]
     half = size // 2
     while half:
@@ -235,10 +241,38 @@ def _causal_span(log_query: Tensor, log_key: Tensor, value: Tensor, state: State
     return merge_parts(parts).flatten(2, 3)[:, :, :tokens], after
 
 
-def _states_between_chunks(log_key: Tensor, value: Tensor, state: State) -> tuple[State, State]:
-    """The states before each chunk (a chunk dimension after the heads), and the one after the last."""
-    largest = log_key.detach().amax(dim=3)
-    weight = (log_key - finite(largest)[:, :, :, None]).exp()
+def _narrow(log_key: Tensor, largest: Tensor) -> bool:
+    """Whether one reference serves a whole chunk: no key (B,H,C,T,F) is far below the largest of its chunk (B,H,C,F).
+
+    Whatever a query sees of its best feature then weighs at least exp(-NARROW), far above all that may underflow.
+    Compiled code cannot look at the data, and goes without the answer.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if bool((largest - log_key.detach().amin(dim=3) < NARROW).all()):
+        return True
+    # once more without the hidden keys
+    smallest = torch.where(log_key == _NEGATIVE_INFINITY, float("inf"), log_key.detach()).amin(dim=3)
+    return bool((largest - smallest < NARROW).all())
+
+
+def _narrow_chunks(log_query: Tensor, largest: Tensor, weight: Tensor, value: Tensor, before: State) -> Tensor:
+    """Causal attention in chunks whose keys are weighed relative to their largest: (B,H,C,T,D)."""
+    reference = finite(torch.maximum(before["reference"], largest))
+    logits = log_query + reference[:, :, :, None]
+    query = (logits - logits.detach().amax(dim=-1, keepdim=True)).exp()
+    past, present = (before["reference"] - reference).exp(), (largest - reference).exp()
+    scores = ((query * present[:, :, :, None]) @ weight.transpose(-1, -2)).tril()
+    mass = scores.sum(dim=-1) + (query @ (past * before["mass"])[..., None]).squeeze(-1)
+    total = scores @ value + query @ (past[..., None] * before["value"])
+    return total / torch.where(mass > 0, mass, 1)[..., None]
+
+
+def _states_between_chunks(largest: Tensor, weight: Tensor, value: Tensor, state: State) -> tuple[State, State]:
+    """The states before each chunk (a chunk dimension after the heads), and the one after the last.
+
+    `weight` (B,H,C,T,F) is that of the keys relative to the `largest` (B,H,C,F) of their chunk.
+    """
     largest = torch.cat((state["reference"][:, :, None], largest), dim=2)
     mass = torch.cat((state["mass"][:, :, None], weight.sum(dim=3)), dim=2)
     total = torch.cat((state["value"][:, :, None], weight.transpose(-1, -2) @ value), dim=2)

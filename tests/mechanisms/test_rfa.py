@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 import hf_attn
+from hf_attn import functional as shared
 from hf_attn.errors import InvalidInput, InvalidOption, Unsupported
 from hf_attn.functional import random_directions
 
@@ -326,3 +327,41 @@ def test_refused_calls():
         module(feature_map="elu1")(*tokens(), noise=normal(H, 6, D))
     with pytest.raises(Unsupported, match="rfa.*N=7 queries and M=5 keys"):
         module()(*tokens(keys=5), is_causal=True)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("spread", [1.0, 6.0])
+def test_chunks_with_one_reference_equal_halving(spread, padded, monkeypatch):
+    """Log weights up to the limit of one reference, over several chunks and spans, after a state."""
+    torch.manual_seed(1)
+    log_query, log_key = (spread * torch.randn(2, 3, 300, 8, dtype=torch.float64) for _ in range(2))
+    value, mask = torch.randn(2, 3, 300, 5, dtype=torch.float64), None
+    if padded:
+        mask = torch.rand(2, 300) > 0.3
+        mask[1, :70] = False
+    results = []
+    for limit in (shared.NARROW, -1.0):
+        monkeypatch.setattr(shared, "NARROW", limit)
+        leaves = [x.clone().requires_grad_() for x in (log_query, log_key, value)]
+        _, state = shared.causal_linear_attention(
+            *(x[:, :, :50] for x in leaves), None if mask is None else mask[:, :50]
+        )
+        out, after = shared.causal_linear_attention(
+            *(x[:, :, 50:] for x in leaves), None if mask is None else mask[:, 50:], state
+        )
+        out.square().sum().backward()
+        results.append([out.detach(), *(x.grad for x in leaves), *after.values()])
+    assert 0 < (log_key.amax(2) - log_key.amin(2)).max() < 60
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_keys_too_far_apart_for_one_reference_go_by_halving():
+    near, far = (
+        torch.zeros(1, 1, 1, 4, 2),
+        torch.tensor([0.0, -50.0, 0.0, 0.0]).view(1, 1, 1, 4, 1).expand(-1, -1, -1, -1, 2),
+    )
+    assert shared._narrow(near, near.amax(3)) and not shared._narrow(far, far.amax(3))
+    hidden = near.masked_fill(torch.tensor([True, False, False, False]).view(4, 1), float("-inf"))
+    assert shared._narrow(hidden, hidden.amax(3)), "hidden keys do not count"
+    assert shared._narrow(near - float("inf"), near.amax(3) - float("inf")), "nor does a chunk without keys"

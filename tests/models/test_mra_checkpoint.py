@@ -3,6 +3,8 @@
 The kernel is replaced by the same calls in plain torch (`mra_substitute`); without one transformers returns zeros.
 """
 
+import inspect
+
 import pytest
 import torch
 from mra_substitute import Substitute
@@ -27,6 +29,10 @@ def stock(cls=MraForMaskedLM, **changes):
     return model
 
 
+READS_ITS_MASK = "is_floating_point" in inspect.getsource(modeling_mra.MraSelfAttention.forward)
+"""transformers 5.17 builds a boolean mask and reads it as an additive one; 5.23 reads what it builds."""
+
+
 def convert(model):
     return from_mra(model.config, model.state_dict())
 
@@ -47,6 +53,8 @@ def batch(length=256, padded=0):
     {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 3}, {"type_vocab_size": 2, "hidden_act": "relu"}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("padded", [0, 70])
 def test_the_outputs_are_those_of_transformers_with_its_kernel(changes, padded, kernel):
+    if padded and not READS_ITS_MASK:
+        pytest.skip("this transformers divides its own mask by 10000 and hides nothing: it is no reference for padding")
     theirs = stock(**changes)
     ours, inputs = convert(theirs), batch(padded=padded)
     real = inputs["attention_mask"].bool()

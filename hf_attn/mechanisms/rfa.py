@@ -101,7 +101,7 @@ class RandomFeatureAttention(AttentionModule):
             learned=drawn and options.redraw == "learnable",
             random=f"feature directions: {when[options.redraw]}" if drawn else "",
             attention_weights=True,
-            pays_from="512 (2-core CPU, float32, D = 64; causal: 2048)",
+            pays_from="512 (2-core CPU, float32, D = 64)",
         )
 
     def reset_parameters(self) -> None:

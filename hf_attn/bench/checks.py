@@ -136,7 +136,7 @@ def rounding(module: AttentionModule, place: Place, dtype: torch.dtype, device: 
     parameters = {f"gradient of {name}" for name, _ in low.named_parameters()}
     for name, reference in expected.items():
         size = max(largest(reference), 1e-3 * scale)
-        # a parameter's gradient is a sum over the tokens, whose rounding errors add up like a random walk
+        # a parameter's gradient is a sum over the tokens: terms cancel, and their rounding errors add up like a random walk
         units = ULPS + (place.length**0.5 if name in parameters else 0)
         floor = EXACT if dtype == torch.float64 else units * torch.finfo(dtype).eps
         allowed = TIMES * largest(definition[name].double() - reference) + floor * size

@@ -15,12 +15,11 @@ from typer.testing import CliRunner
 
 import hf_attn
 from hf_attn import console, tables
-from hf_attn.cli import app
+from hf_attn.cli import COMMANDS, app
 from hf_attn.mechanisms.softmax import SoftmaxAttention
 
 ROOT = Path(__file__).parents[2]
 NAMES = hf_attn.list_mechanisms()
-COMMANDS = ("list", "show", "train", "doctor", "bench", "nip", "version")
 
 
 def process(*arguments, code: str | None = None, **environment):
@@ -65,7 +64,7 @@ def test_every_command_has_a_help_page_with_examples(run):
     page = run("--help").stdout
     for name in COMMANDS:
         assert f" {name} " in page
-    for name in ("list", "show", "train", "doctor"):
+    for name in set(COMMANDS) - {"version"}:
         page = run(name, "--help").stdout
         assert "Examples" in page and f"hf-attn {name}" in page.partition("Examples")[2]
     assert run().exit_code == 2

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_attn.kernels.linear import linear
 from hf_attn.models.gau_config import GauConfig
 from hf_attn.models.gau_layers import Rotation, UnitState, make_norm, rotate, rotation_of
 from hf_attn.module import State
@@ -82,16 +83,16 @@ class TransformerBlock(GradientCheckpointingLayer):
         query, key, value = self._heads(hidden_states, first, rotation)
         is_causal = is_causal or use_cache or past_state is not None
         out, state = self._attend(query, key, value, key_padding_mask, is_causal, past_state, use_cache)
-        out = self.attention_out(out.transpose(1, 2).flatten(2))
+        out = linear(self.attention_out, out.transpose(1, 2).flatten(2))
         x = hidden_states + functional.dropout(out, self.dropout, self.training)
-        gate, up = self.gate_up(self.feed_forward_norm(x)).chunk(2, dim=-1)
-        out = self.down(functional.silu(gate) * up)
+        gate, up = linear(self.gate_up, self.feed_forward_norm(x)).chunk(2, dim=-1)
+        out = linear(self.down, functional.silu(gate) * up)
         y = x + functional.dropout(out, self.dropout, self.training)
         return (y, state) if use_cache else y
 
     def _heads(self, x: Tensor, first: int, rotation: Rotation | None) -> tuple[Tensor, ...]:
         """Query, key and value (B,H,N,D), rotated."""
-        projected = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, self.heads, self.head_dim))
+        projected = linear(self.query_key_value, self.attention_norm(x)).unflatten(-1, (3, self.heads, self.head_dim))
         query, key, value = projected.permute(2, 0, 3, 1, 4)
         if self.use_rope:
             rotation = self.rotation(first, x.shape[1], x) if rotation is None else rotation

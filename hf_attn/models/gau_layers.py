@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_attn.errors import InvalidInput, Unsupported
+from hf_attn.kernels.linear import linear
 from hf_attn.models.gau_config import UnitOptions
 
 Rotation = tuple[Tensor, Tensor]
@@ -150,10 +151,10 @@ class GatedUnit(GradientCheckpointingLayer):
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Projections, gamma and biases by distance from N(0, std^2); offsets 0, norm weights 1."""
-        for linear in (self.in_proj, self.out_proj):
-            nn.init.normal_(linear.weight, std=std)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        for layer in (self.in_proj, self.out_proj):
+            nn.init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
         if self.options.norm_type != "rms_norm":
             nn.init.ones_(self.norm.weight)
         self.reset_own(std)
@@ -236,7 +237,7 @@ class GatedUnit(GradientCheckpointingLayer):
         with torch.autocast(x.device.type, enabled=False):
             copies = self._copies(z.to(exact), first, rotation)
             out, state = attend(copies, value.to(exact), real, causal, past, use_cache)
-        out = self.out_proj(gate * out.to(gate.dtype))
+        out = linear(self.out_proj, gate * out.to(gate.dtype))
         y = x + functional.dropout(out, self.options.hidden_dropout, self.training)
         if self.options.norm_position == "post":
             y = self.norm(y)
@@ -276,7 +277,8 @@ class GatedUnit(GradientCheckpointingLayer):
             earlier = torch.zeros_like(moving[:, :1]) if past is None else past.shifted
             last = moving[:, -1:]
             x = torch.cat((torch.cat((earlier, moving[:, :-1]), dim=1), staying), dim=-1)
-        hidden = functional.silu(self.in_proj(x))
+        hidden = linear(self.in_proj, x)
+        hidden = functional.silu(hidden, inplace=not hidden.requires_grad)
         gate, value, z = hidden.split((self.value_dim, self.value_dim, o.query_key_dim), dim=-1)
         return gate, value, z, last
 

@@ -133,22 +133,17 @@ class FlashGatedAttentionUnit(GatedUnit):
         if causal:
             # real tokens come first, so no real token sees a padded one
             return self._causal(copies, value, real, past, use_cache)
-        query, key, linear_query, linear_key = copies
-        count: Any = value.shape[1]
+        size, (query, key, linear_query, linear_key) = self.options.chunk_size, copies
+        divisor: Any = value.shape[1]
         if real is not None:
             # weights are not normalised: hidden keys may keep theirs if their values are zero
             value = value.masked_fill(~real[..., None], 0)
-            count = real.sum(dim=1).clamp(min=1).to(value.dtype)[:, None, None]
-        total = (
-            linear_key.transpose(-1, -2)
-            @ value
-            / (count if self.options.linear_norm == "mean" else self.options.chunk_size)
-        )
-        size = self.options.chunk_size
+            divisor = real.sum(dim=1).clamp(min=1).to(value.dtype)[:, None, None]
+        total = linear_key.transpose(-1, -2) @ value / (divisor if self.options.linear_norm == "mean" else size)
         count = -(-value.shape[1] // size)
         query, key, linear_query, chunk_value = (_chunks(x, 0, count, size) for x in (query, key, linear_query, value))
         linear = (linear_query.unflatten(0, (-1, count)).flatten(1, 2) @ total).unflatten(1, (count, -1)).flatten(0, 1)
-        out = torch.baddbmm(linear, self._weigh(query, key, 0, causal=False), chunk_value)
+        out = _plus(linear, self._weigh(query, key, 0, causal=False), chunk_value)
         return _tokens(out, count, 0, value.shape[1]), None
 
     def _weigh(self, query: Tensor, key: Tensor, first: int, causal: bool) -> Tensor:
@@ -165,7 +160,11 @@ class FlashGatedAttentionUnit(GatedUnit):
         if bias is None:
             bias = query.new_zeros(1, 1, 1)
         scores = torch.baddbmm(bias, query, key, alpha=1 / o.chunk_size)
-        return functional.dropout(FUNCTIONS[o.attention_fn](scores), o.attention_dropout, self.training)
+        if o.attention_fn == "relu2" and not scores.requires_grad:
+            weights = scores.relu_().square_()
+        else:
+            weights = FUNCTIONS[o.attention_fn](scores)
+        return functional.dropout(weights, o.attention_dropout, self.training)
 
     def _causal(
         self, copies: Tensor, value: Tensor, real: Tensor | None, past: MixedChunkState | None, use_cache: bool
@@ -197,7 +196,7 @@ class FlashGatedAttentionUnit(GatedUnit):
             number = torch.arange(first, first + count * size, size, device=value.device, dtype=value.dtype)
             divisor = number.clamp(min=1)[:, None, None] if o.linear_norm == "mean" else size
             linear = linear_queries @ (seen / divisor).flatten(0, 1)
-            out = torch.baddbmm(linear, weights, _chunks(values, 0, count, size))
+            out = _plus(linear, weights, _chunks(values, 0, count, size))
         else:
             out = weights @ values
         state = None
@@ -228,6 +227,11 @@ class FlashGatedAttentionUnit(GatedUnit):
             chunk_value=values[:, finished * size :],
             ended=None if real is None else ~real[:, -1],
         )
+
+
+def _plus(linear: Tensor, weights: Tensor, value: Tensor) -> Tensor:
+    """linear + weights @ value; without gradients in the place of `linear`."""
+    return torch.baddbmm(linear, weights, value) if linear.requires_grad else linear.baddbmm_(weights, value)
 
 
 def _chunks(x: Tensor, before: int, count: int, size: int) -> Tensor:

@@ -347,23 +347,27 @@ def make_layer(config: GauConfig) -> nn.Module:
 @functools.cache
 def register_models() -> None:
     """Register the family with the Auto classes."""
-    from transformers import ViTConfig
+    from transformers import PreTrainedTokenizerFast
     from transformers.models.auto import modeling_auto, tokenization_auto
     from transformers.models.auto.configuration_auto import AutoConfig
 
     from hf_attn.models import gau_heads
 
-    # transformers 5.17 hides this module from `from ... import` where torchvision is missing, and needs none itself
-    image_processing_auto = importlib.import_module("transformers.models.auto.image_processing_auto")
     AutoConfig.register(GauConfig.model_type, GauConfig, exist_ok=True)
     modeling_auto.AutoModel.register(GauConfig, GauModel, exist_ok=True)
     for auto, head in HEADS.items():
         getattr(modeling_auto, auto).register(GauConfig, getattr(gau_heads, head), exist_ok=True)
-    processors = image_processing_auto.IMAGE_PROCESSOR_MAPPING
-    processors.register(GauConfig, processors[ViTConfig], exist_ok=True)
-    from transformers import PreTrainedTokenizerFast
-
     tokenization_auto.TOKENIZER_MAPPING.register(GauConfig, PreTrainedTokenizerFast, exist_ok=True)
+
+
+@functools.cache
+def register_images() -> None:
+    """Let AutoImageProcessor know the family: ViT's processor. Put off until there is a model of images."""
+    from transformers import ViTConfig
+
+    # transformers 5.17 hides this module from `from ... import` where torchvision is missing, and needs none itself
+    mapping = importlib.import_module("transformers.models.auto.image_processing_auto").IMAGE_PROCESSOR_MAPPING
+    mapping.register(GauConfig, mapping[ViTConfig], exist_ok=True)
 
 
 def __getattr__(name: str) -> Any:

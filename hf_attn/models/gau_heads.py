@@ -20,7 +20,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from hf_attn.errors import InvalidInput, InvalidOption, Unsupported
-from hf_attn.models.gau import GauModel, GauPreTrainedModel
+from hf_attn.models.gau import GauModel, GauPreTrainedModel, register_images
 from hf_attn.models.gau_config import GauConfig
 
 _TIED = {"lm_head.weight": "gau.embeddings.word_embeddings.weight"}
@@ -276,6 +276,7 @@ class GauForImageClassification(GauPreTrainedModel):
                 f"max_position_embeddings={config.max_position_embeddings}. Set a larger one."
             )
         super().__init__(config)
+        register_images()
         self.num_labels = config.num_labels
         self.gau = GauModel(config, add_word_embeddings=False)
         self.patch_embeddings = nn.Conv2d(

@@ -269,7 +269,9 @@ def write_page(folder: Path, results: Fields) -> None:
         seeds = sorted({seed for model in run["models"].values() for seed in model}, key=int)
         lines += [f"## {name}", "", f"What the page asks for: {part.claim}.", ""]
         sizes = ", ".join(f"{k} {v}" for k, v in part.fields.items())
-        lines += [f"{sizes}; AdamW, learning rate {part.learning_rate:g} with linear decay, batches of {part.batch}."]
+        lines += [
+            f"{sizes}; AdamW, learning rate {part.learning_rate:g} with linear decay, tuned for no model, batches of {part.batch}."
+        ]
         lines += [f"Command: `python scripts/gau_experiments.py {name} --seeds {' '.join(seeds)}`{run['made']}", ""]
         lines += ["Validation perplexity, in brackets that of the second half of the rows.", ""]
         lines += [f"| model | parameters | {' | '.join(f'seed {s}' for s in seeds)} | mean |"]
@@ -278,7 +280,8 @@ def write_page(folder: Path, results: Fields) -> None:
             cells = [
                 f"{model[s]['perplexity']:.2f} ({model[s]['second half']:.2f})" if s in model else "" for s in seeds
             ]
-            means = (statistics.mean(m[key] for m in model.values()) for key in ("perplexity", "second half"))
+            shown = [model[s] for s in seeds if s in model]
+            means = (statistics.mean(m[key] for m in shown) for key in ("perplexity", "second half"))
             count = next(iter(model.values()))["parameters"]
             lines += [f"| {label} | {count} | {' | '.join(cells)} | {'{:.2f} ({:.2f})'.format(*means)} |"]
             rows += [

@@ -272,19 +272,17 @@ class GauModel(GauPreTrainedModel):
         )
 
     def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
-        config = self.config
-        if not config.is_decoder and (use_cache or cache is not None):
+        """The cache of this call, or None."""
+        asked, config = use_cache or cache is not None, self.config
+        if asked and not config.is_decoder:
             raise Unsupported(
                 "gau", "a cache with is_decoder=False: bidirectional attention has no past", "Leave it out"
             )
-        if self.gradient_checkpointing and self.training:
-            return None
-        wanted = cache is not None or (config.use_cache and config.is_decoder and not self.training)
-        if use_cache is not None:
-            wanted = use_cache
-        if wanted and config.attention == "quadratic" and config.quad_norm == "length":
-            wanted = False if use_cache is None else wanted
-        return (DynamicCache(config=config) if cache is None else cache) if wanted else None
+        if asked and self.gradient_checkpointing and self.training:
+            raise Unsupported("gau", "a cache in training with gradient checkpointing", "Pass use_cache=False")
+        if cache is None and use_cache is None:
+            use_cache = config.use_cache and config.is_decoder and not self.training
+        return DynamicCache(config=config) if cache is None and use_cache else cache
 
     def _check_packing(self, cache: Cache | None, attentions: bool | None) -> None:
         """Packed rows take no cache and have no maps."""

@@ -70,16 +70,12 @@ class UnitOptions(Options):
         self.number("norm_eps", 0)
         self.number("attention_dropout", 0, 1)
         self.number("hidden_dropout", 0, 1)
+        if self.query_key_dim % 2 and (self.rel_pos_bias == "rope" or (self.use_rope and self.rope_dim is None)):
+            raise self.refuse("query_key_dim", "must be even to be rotated")
         if self.rope_dim is not None:
             self.integer("rope_dim", 2)
             if self.rope_dim % 2 or self.rope_dim > self.query_key_dim:
                 raise self.refuse("rope_dim", f"must be even and at most query_key_dim={self.query_key_dim}")
-        elif self.query_key_dim % 2 and (self.use_rope or self.rel_pos_bias == "rope"):
-            raise self.refuse(
-                "query_key_dim", "must be even to be rotated", "Or set use_rope=False and another rel_pos_bias"
-            )
-        if self.rel_pos_bias == "rope" and self.query_key_dim % 2:
-            raise self.refuse("query_key_dim", "must be even with rel_pos_bias='rope'")
         if self.token_shift and self.hidden_size < 2:
             raise self.refuse("token_shift", "needs hidden_size of at least 2")
 

@@ -75,13 +75,20 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     cos, sin = (part.to(x.dtype) for part in rotation)
     half = cos.shape[-1]
     first, second = x[..., :half], x[..., half : 2 * half]
-    parts = [
-        torch.addcmul(first * cos, second, sin, value=-1),
-        torch.addcmul(second * cos, first, sin),
-    ]
+    if in_place(x):
+        out = x.clone() if x.shape[-1] > 2 * half else torch.empty_like(x)
+        torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
+        return out
+    parts = [torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)]
     if x.shape[-1] > 2 * half:
         parts.append(x[..., 2 * half :])
     return torch.cat(parts, dim=-1)
+
+
+def in_place(x: Tensor) -> bool:
+    """Whether results may go where `x` or a new tensor is: nothing is recorded for a backward pass or a graph."""
+    return not x.requires_grad and not torch.compiler.is_compiling()
 
 
 @dataclass
@@ -237,7 +244,8 @@ class GatedUnit(GradientCheckpointingLayer):
         with torch.autocast(x.device.type, enabled=False):
             copies = self._copies(z.to(exact), first, rotation)
             out, state = attend(copies, value.to(exact), real, causal, past, use_cache)
-        out = linear(self.out_proj, gate * out.to(gate.dtype))
+        out = out.to(gate.dtype)
+        out = linear(self.out_proj, out.mul_(gate) if in_place(out) and in_place(gate) else gate * out)
         y = x + functional.dropout(out, self.options.hidden_dropout, self.training)
         if self.options.norm_position == "post":
             y = self.norm(y)
@@ -278,7 +286,7 @@ class GatedUnit(GradientCheckpointingLayer):
             last = moving[:, -1:]
             x = torch.cat((torch.cat((earlier, moving[:, :-1]), dim=1), staying), dim=-1)
         hidden = linear(self.in_proj, x)
-        hidden = functional.silu(hidden, inplace=not hidden.requires_grad)
+        hidden = functional.silu(hidden, inplace=in_place(hidden))
         gate, value, z = hidden.split((self.value_dim, self.value_dim, o.query_key_dim), dim=-1)
         return gate, value, z, last
 

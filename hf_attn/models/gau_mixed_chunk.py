@@ -23,7 +23,7 @@ from hf_attn.errors import Unsupported
 from hf_attn.masks import causal_order
 from hf_attn.mechanisms.gau import laplace, relu2, toeplitz
 from hf_attn.models.gau_config import MixedChunkUnitOptions
-from hf_attn.models.gau_layers import GatedUnit, UnitState
+from hf_attn.models.gau_layers import GatedUnit, UnitState, in_place
 
 FUNCTIONS = {"relu2": relu2, "laplace": laplace}
 
@@ -160,7 +160,7 @@ class FlashGatedAttentionUnit(GatedUnit):
         if bias is None:
             bias = query.new_zeros(1, 1, 1)
         scores = torch.baddbmm(bias, query, key, alpha=1 / o.chunk_size)
-        if o.attention_fn == "relu2" and not scores.requires_grad:
+        if o.attention_fn == "relu2" and in_place(scores):
             weights = scores.relu_().square_()
         else:
             weights = FUNCTIONS[o.attention_fn](scores)
@@ -231,7 +231,7 @@ class FlashGatedAttentionUnit(GatedUnit):
 
 def _plus(linear: Tensor, weights: Tensor, value: Tensor) -> Tensor:
     """linear + weights @ value; without gradients in the place of `linear`."""
-    return torch.baddbmm(linear, weights, value) if linear.requires_grad else linear.baddbmm_(weights, value)
+    return linear.baddbmm_(weights, value) if in_place(linear) else torch.baddbmm(linear, weights, value)
 
 
 def _chunks(x: Tensor, before: int, count: int, size: int) -> Tensor:

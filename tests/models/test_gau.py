@@ -448,6 +448,11 @@ def test_what_a_model_does_not_define_is_refused():
         model()
     with pytest.raises(Unsupported, match="is_decoder=False"):
         model(PROMPT, use_cache=True)
+    training = model_of("GauForCausalLM").train()
+    training.gradient_checkpointing_enable()
+    with pytest.raises(Unsupported, match="a cache in training"):
+        training(PROMPT, use_cache=True)
+    assert training(PROMPT).past_key_values is None
     with pytest.raises(InvalidOption, match="quad_norm='length' and is_decoder=True"):
         hf_attn.GauForCausalLM(config_of("quadratic", quad_norm="length"))
     assert model_of("GauForMaskedLM", "quadratic", quad_norm="length")(PROMPT).logits.shape == (2, 6, 99)

@@ -1,6 +1,6 @@
 """The ablation and the comparison of gated attention units at the scale of minutes: perplexity, and time per step.
 
-python scripts/gau_experiments.py PART [--seeds 0 1 2] [--steps N] [--output docs/benchmarks/gau]
+python scripts/gau_experiments.py PART [--seeds 0 1 2] [--models ...] [--steps N] [--output docs/benchmarks/gau]
 
 Parts: synthetic and pydoc compare FLASH-Quad, FLASH, its local part alone and its linear part alone; baselines compares
 both with Transformer++ and MC-TFM++ of as many parameters; time measures steps against length. Results of a run are
@@ -266,6 +266,8 @@ def write_page(folder: Path, results: Fields) -> None:
         part, run = PARTS[name], results[name]
         other = results.get(part.beside[0], {"models": {}})["models"]
         models = {**{label: other[label] for label in part.beside[1] if label in other}, **run["models"]}
+        order = [*part.beside[1], *part.models]
+        models = {label: models[label] for label in order if label in models}
         seeds = sorted({seed for model in run["models"].values() for seed in model}, key=int)
         lines += [f"## {name}", "", f"What the page asks for: {part.claim}.", ""]
         sizes = ", ".join(f"{k} {v}" for k, v in part.fields.items())
@@ -370,6 +372,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*PARTS, "time"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--models", nargs="+", help="train only these models of the part; the others keep their results"
+    )
     parser.add_argument("--steps", type=int, help="training steps; those of the part by default")
     parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="longest row of part time")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/gau"))
@@ -389,10 +394,13 @@ def main() -> int:
         return 0
     part = PARTS[arguments.part]
     steps = arguments.steps or part.steps
+    chosen = arguments.models or list(part.models)
+    if unknown := [label for label in chosen if label not in part.models]:
+        parser.error(f"part {arguments.part} has no model {unknown[0]!r}; it has {', '.join(part.models)}")
     run = results.setdefault(arguments.part, {"models": {}})
     run["made"] = made(steps)
     for seed in arguments.seeds:
-        for label in part.models:
+        for label in chosen:
             done = train(part, label, seed, steps)
             run["models"].setdefault(label, {})[str(seed)] = done
             print(

@@ -89,7 +89,9 @@ def test_transfer_with_projections_trains_what_makes_queries_keys_and_values(fam
     assert weights <= kinds <= weights | {"key.bias", "k_proj.bias"}
 
 
-def test_layers_learn_apart_from_each_other():
+def test_layers_learn_apart_from_each_other(monkeypatch):
+    # so small that every gradient is clipped
+    monkeypatch.setattr("hf_attn.recipes.linearize.CLIP", 1e-3)
     model = model_of()
     arguments = [inputs_of(model)], options(transfer=5, train_projections=True)
     both = linearize(model, {"name": "hypercube", "block_size": 1}, *arguments).model
@@ -122,7 +124,7 @@ def test_lora_trains_the_attention_modules_and_is_merged(family, tmp_path):
     names = changed(before, result.model)
     assert list(result.model.state_dict()) == list(before), "no adapter is left"
     assert names and all("attention" in name or ".attn." in name for name in names)
-    assert any(".mechanism." in name for name in names) and not any(name.endswith("bias") for name in names)
+    assert {".mechanism." in name for name in names} == {True, False} and not any(name.endswith("bias") for name in names)
     for name in names:
         if ".mechanism." not in name:
             update = result.model.state_dict()[name] - before[name]

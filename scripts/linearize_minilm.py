@@ -32,12 +32,13 @@ from hf_attn.recipes.linearize_run import copy_sentence_modules
 
 LENGTHS = (64, 128, 256)
 SETTINGS = {
-    "rfa": ({"num_features": 64, "redraw": "learnable"}, {"transfer_rate": 2e-3, "distill_rate": 2e-4}),
-    "lara": ({"num_landmarks": 16}, {"transfer_rate": 2e-3, "distill_rate": 2e-4}),
-    "mra": ({"block_size": 16, "block_per_row": 2}, {"transfer_rate": 1e-3, "distill_rate": 1e-4}),
-    "hypercube": ({"block_size": 16}, {"transfer_rate": 1e-3, "distill_rate": 1e-4}),
+    "rfa": ({"num_features": 64, "redraw": "learnable"}, (250, 500), {"transfer_rate": 2e-3, "distill_rate": 3e-4}),
+    "lara": ({"num_landmarks": 16}, (250, 500), {"transfer_rate": 2e-3, "distill_rate": 3e-4}),
+    "mra": ({"block_size": 8, "block_per_row": 4}, (350, 400), {"transfer_rate": 1e-3, "distill_rate": 5e-5}),
+    "hypercube": ({"block_size": 16}, (350, 400), {"transfer_rate": 1e-3, "distill_rate": 5e-5}),
 }
-"""Mechanism -> its options, far below the length, and the learning rates."""
+"""Mechanism -> its options, far below the length; steps of the stages; learning rates."""
+HIDDEN_WEIGHT = 0.5
 STAGES = ("before", "after transfer", "after distillation")
 TARGETS = {"rfa": 0.90, "lara": 0.90, "mra": 0.95, "hypercube": 0.95}
 
@@ -49,11 +50,13 @@ def original() -> Path:
 
 def experiment(name: str, arguments: argparse.Namespace) -> dict:
     """Linearise with one mechanism; the record that goes into the JSON file."""
-    mechanism, rates = SETTINGS[name]
+    mechanism, steps, rates = SETTINGS[name]
+    steps = arguments.steps or steps
     options = LinearizeOptions(
-        transfer_steps=arguments.transfer_steps,
-        distill_steps=arguments.distill_steps,
+        transfer_steps=steps[0],
+        distill_steps=steps[1],
         train_projections=True,
+        hidden_weight=HIDDEN_WEIGHT,
         seed=arguments.seed,
         **rates,
     )
@@ -79,7 +82,7 @@ def experiment(name: str, arguments: argparse.Namespace) -> dict:
     return {
         "options": mechanism,
         "rates": rates,
-        "steps": [arguments.transfer_steps, arguments.distill_steps],
+        "steps": list(steps),
         "seed": arguments.seed,
         "examples": sum(entry.examples for entry in next(iter(result.stages.values())).lengths),
         "seconds": round(result.seconds),
@@ -135,7 +138,7 @@ def write(arguments: argparse.Namespace, records: dict[str, dict]) -> None:
         "",
         f"{first['examples']} held-out passages. Stage 1 trains mechanisms and projections, stage 2 everything but the input embeddings;",
         f"{first['steps'][0]} + {first['steps'][1]} steps of 512 tokens, seed {first['seed']}, {first['threads']} thread(s), "
-        f"{platform.machine()} CPU, float32. Seconds are those of the training alone.",
+        f"{platform.machine()} CPU, float32; hidden states count {HIDDEN_WEIGHT} in stage 2. Seconds are those of the training alone.",
         "",
         f"Command: `python scripts/linearize_minilm.py --transfer-steps {first['steps'][0]} --distill-steps {first['steps'][1]} "
         f"--seed {first['seed']}` ({', '.join(f'{k} {v}' for k, v in versions.items())}, hf_attn {hf_attn.__version__}, {first['date']}).",
@@ -195,8 +198,7 @@ def main() -> int:
     parser.add_argument(
         "--mechanisms", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="the others keep their rows"
     )
-    parser.add_argument("--transfer-steps", type=int, default=250, help="steps of the first stage")
-    parser.add_argument("--distill-steps", type=int, default=500, help="steps of the second stage")
+    parser.add_argument("--steps", type=int, nargs=2, metavar=("S1", "S2"), help="steps of both stages, in place of each mechanism's")  # fmt: skip
     parser.add_argument("--examples", type=int, default=24, help="held-out passages of each length")
     parser.add_argument("--sentences", type=int, default=200, help="held-out sentences for sentence-transformers")
     parser.add_argument("--seed", type=int, default=0)

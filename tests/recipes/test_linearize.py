@@ -124,7 +124,9 @@ def test_lora_trains_the_attention_modules_and_is_merged(family, tmp_path):
     names = changed(before, result.model)
     assert list(result.model.state_dict()) == list(before), "no adapter is left"
     assert names and all("attention" in name or ".attn." in name for name in names)
-    assert {".mechanism." in name for name in names} == {True, False} and not any(name.endswith("bias") for name in names)
+    assert {".mechanism." in name for name in names} == {True, False} and not any(
+        name.endswith("bias") for name in names
+    )
     for name in names:
         if ".mechanism." not in name:
             update = result.model.state_dict()[name] - before[name]

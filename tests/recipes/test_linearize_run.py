@@ -1,16 +1,14 @@
-"""One run from a folder to a folder: what is written, that it reloads, and the commands around it."""
+"""One run from a folder to a folder: what is written, and that it reloads."""
 
 import json
 
 import pytest
 import torch
-from helpers import BERT
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, BertTokenizer
-from typer.testing import CliRunner
+from helpers import BERT, text_checkpoint
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
 
 import hf_attn
 from hf_attn import InvalidInput
-from hf_attn.cli import app
 from hf_attn.recipes.linearize import LinearizeOptions
 from hf_attn.recipes.linearize_run import check_reload, linearize_checkpoint
 from hf_attn.recipes.train import ReloadMismatch
@@ -21,25 +19,7 @@ RFA = {"name": "rfa", "num_features": 8, "redraw": "learnable"}
 @pytest.fixture
 def source(tmp_path):
     """A small checkpoint with tokenizer and data."""
-    words = [f"w{i}" for i in range(90)]
-    folder = tmp_path / "source"
-    folder.mkdir()
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    BertModel(BertConfig(**BERT)).save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-    texts = [" ".join(words[i] for i in torch.randint(0, 90, (30,), generator=generator)) for _ in range(10)]
-    (tmp_path / "data.txt").write_text("\n\n".join(texts))
-    return folder
-
-
-@pytest.fixture
-def run(source, monkeypatch):
-    """`hf-attn` beside the folder, with a wide terminal."""
-    monkeypatch.chdir(source.parent)
-    monkeypatch.setenv("COLUMNS", "400")
-    return lambda *arguments: CliRunner().invoke(app, [*map(str, arguments)], prog_name="hf-attn")
+    return text_checkpoint(tmp_path)
 
 
 def test_the_folder_loads_and_says_how_it_came_about(source):
@@ -98,46 +78,6 @@ def test_it_works_inside_sentence_transformers(source):
         hidden = result.model(**batch).last_hidden_state
     mask = batch["attention_mask"][..., None]
     torch.testing.assert_close(found, (hidden * mask).sum(1) / mask.sum(1), rtol=1e-4, atol=1e-5)
-
-
-def test_the_commands_as_a_user_types_them(run, source):
-    done = run(
-        "linearize", "--model", source, "--to", "lara", "-o", "num_landmarks=4", "--data", "data.txt", "--steps", 2,
-        "--lengths", "8,16", "--examples", 2, "--output", "out",
-    )  # fmt: skip
-    assert done.exit_code == 0, done.output
-    assert "after distillation" in done.stdout and "2 + 2 steps" in done.stdout and "saved in out" in done.stderr
-
-    done = run("fidelity", source, "out", "--data", "data.txt", "--lengths", "8,16", "--output", "report")
-    assert done.exit_code == 0, done.output
-    assert "AttnBertModel with lara (float32) against AttnBertModel with softmax (float64)" in done.stdout
-    files = source.parent / "report"
-    assert sorted(path.name for path in files.iterdir()) == ["fidelity.json", "fidelity.md", "fidelity.png"]
-
-    asked = ("--data", "data.txt", "--lengths", "8", "--json")
-    done = run("fidelity", source, "--to", "{default: softmax, 1: rfa}", *asked)
-    assert done.exit_code == 0, done.output
-    layers = json.loads(done.stdout)["lengths"][0]["layers"]
-    assert [layer["mechanism"] for layer in layers] == ["softmax", "rfa"]
-    assert layers[0]["error"] < 1e-5 < layers[1]["error"]
-    facts = json.loads((files / "fidelity.json").read_text())
-    assert facts["lengths"][0]["layers"][1]["mechanism"] == "lara"
-
-
-def test_errors_of_the_commands(run, source):
-    for arguments, message in (
-        (["fidelity", source, "--to", "lora"], "no attention mechanism is called 'lora'"),
-        (["fidelity", source, "--to", "rfa", "--lengths", "8", "--data", "none.txt"], "data='none.txt' is no file"),
-        (["fidelity", source, "nowhere"], "model='nowhere' cannot be loaded"),
-        (["fidelity", source, "--to", "rfa", "--metric", "acuracy"], "no metric is called 'acuracy'"),
-        (["linearize", "--model", source, "--to", "mra", "--output", "o", "--data", "data.txt", "--lengths", "8"], "linearize, mra: attention transfer trains"),
-        (["linearize", "--model", source, "--to", "rfa", "--output", source, "--lengths", "8"], f"output={str(source)!r} exists and is not an empty"),
-    ):  # fmt: skip
-        done = run(*arguments)
-        assert done.exit_code == 1 and done.stderr.splitlines()[-1].startswith(f"error: {message}"), done.output
-    for arguments in (["fidelity", source], ["fidelity", source, source, "--to", "rfa"], ["fidelity", source, "--to", "rfa", "--lengths", "a"],
-                      ["fidelity", source, source, "-o", "a=1"], ["linearize", "--model", source], ["fidelity", source, "--to", "{"]):  # fmt: skip
-        assert run(*arguments).exit_code == 2, arguments
 
 
 def test_a_masked_language_model_keeps_its_head(source):

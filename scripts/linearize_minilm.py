@@ -117,7 +117,7 @@ def write(arguments: argparse.Namespace, records: dict[str, dict]) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
-    rows = [["mechanism", "options", "before", "after transfer", "after distillation", "smallest", "64 / 128 / 256", "target", "training, s"]]  # fmt: skip
+    rows = [["mechanism", "options", "before", "after transfer", "after distillation", "smallest", "64 / 128 / 256", "target", "steps", "training, s"]]  # fmt: skip
     errors = [["mechanism", *STAGES]]
     sentences = [["mechanism", "cosine in sentence-transformers"]]
     for name, record in records.items():
@@ -126,7 +126,7 @@ def write(arguments: argparse.Namespace, records: dict[str, dict]) -> None:
         last = [stage for stage in stages if stage][-1]
         by_length = " / ".join(f"{cosine:.3f}" for cosine in last["by_length"].values())
         options = ", ".join(f"{key}={value}" for key, value in record["options"].items())
-        rows.append([name, options, *cells, f"{last['smallest']:.3f}", by_length, f"{TARGETS[name]:.2f}", str(record["seconds"])])  # fmt: skip
+        rows.append([name, options, *cells, f"{last['smallest']:.3f}", by_length, f"{TARGETS[name]:.2f}", " + ".join(map(str, record["steps"])), str(record["seconds"])])  # fmt: skip
         errors.append([name, *("-" if stage is None else f"{stage['attention_error']:.3f}" for stage in stages)])
         if record["sentence_transformers"] is not None:
             sentences.append([name, f"{record['sentence_transformers']:.3f}"])
@@ -136,12 +136,13 @@ def write(arguments: argparse.Namespace, records: dict[str, dict]) -> None:
         "",
         *__doc__.split("\n\n", 2)[2].strip().splitlines(),
         "",
-        f"{first['examples']} held-out passages. Stage 1 trains mechanisms and projections, stage 2 everything but the input embeddings;",
-        f"{first['steps'][0]} + {first['steps'][1]} steps of 512 tokens, seed {first['seed']}, {first['threads']} thread(s), "
-        f"{platform.machine()} CPU, float32; hidden states count {HIDDEN_WEIGHT} in stage 2. Seconds are those of the training alone.",
+        f"{first['examples']} held-out passages. Stage 1 trains mechanisms and projections, stage 2 everything but the input",
+        f"embeddings, with weight {HIDDEN_WEIGHT} for the hidden states; batches of 512 tokens, seed {first['seed']}, {first['threads']} thread(s), {platform.machine()}",
+        "CPU, float32. Seconds are those of the training alone. Options, steps and learning rates were chosen with a few runs measured",
+        "on the same held-out passages.",
         "",
-        f"Command: `python scripts/linearize_minilm.py --transfer-steps {first['steps'][0]} --distill-steps {first['steps'][1]} "
-        f"--seed {first['seed']}` ({', '.join(f'{k} {v}' for k, v in versions.items())}, hf_attn {hf_attn.__version__}, {first['date']}).",
+        f"Command: `python scripts/linearize_minilm.py --seed {first['seed']}` ({', '.join(f'{k} {v}' for k, v in versions.items())}, "
+        f"hf_attn {hf_attn.__version__}, {first['date']}).",
         "",
         "Cosine to the original, mean over the passages; after the last stage also the smallest, and the mean by length:",
         "",
@@ -196,7 +197,11 @@ def draw(path: Path, records: dict[str, dict]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--mechanisms", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="the others keep their rows"
+        "--mechanisms",
+        nargs="*",
+        choices=SETTINGS,
+        default=list(SETTINGS),
+        help="the others keep their rows; none: only write the page anew",
     )
     parser.add_argument("--steps", type=int, nargs=2, metavar=("S1", "S2"), help="steps of both stages, in place of each mechanism's")  # fmt: skip
     parser.add_argument("--examples", type=int, default=24, help="held-out passages of each length")
@@ -213,6 +218,8 @@ def main() -> int:
         records[name] = {"date": time.strftime("%Y-%m-%d"), "threads": arguments.threads, **record}
         # after every mechanism: a run that is cut off keeps what it has
         write(arguments, {key: records[key] for key in SETTINGS if key in records})
+    if not arguments.mechanisms:
+        write(arguments, records)
     return 0
 
 

@@ -26,12 +26,10 @@ from transformers import PreTrainedModel
 
 from hf_attn.analysis.fidelity_report import LayerFidelity, LengthFidelity, LogitsFidelity, Report
 from hf_attn.analysis.outputs import Batch, Metric, embedding, hidden_states, logits, run, token_mask
-from hf_attn.errors import InvalidInput
-from hf_attn.models.family import convert
-from hf_attn.models.recording import Recorded, exact_copy, mechanisms, real_tokens, recording, replay
+from hf_attn.errors import InvalidInput, Unsupported
+from hf_attn.models.recording import Recorded, converted_copy, exact_copy, mechanisms, real_tokens, recording, replay
 from hf_attn.models.wrapping import attention_modules, layer_names
 from hf_attn.module import AttentionModule
-from hf_attn.samples import seeded
 
 
 def fidelity(
@@ -57,13 +55,15 @@ def fidelity(
         InvalidInput: no batches, or models of different shapes.
         Unsupported: a model whose attention cannot be reached, or a mechanism that is not defined in it.
     """
+    if reference.device.type == "mps":
+        raise Unsupported(
+            "fidelity", "the reference runs in float64, which MPS does not have", 'Move the models: .to("cpu")'
+        )
     exact = exact_copy(reference).double().eval()
     if isinstance(candidate, PreTrainedModel):
-        other = exact_copy(candidate).eval()
+        other = exact_copy(candidate).to(exact.device).eval()
     else:
-        other = copy.deepcopy(reference)
-        with seeded(seed):
-            convert(other, candidate).eval()
+        other = converted_copy(reference, candidate, seed).eval()
     if shape_of(exact) != shape_of(other):
         raise InvalidInput(
             f"fidelity: the models have attention of different shapes, {shape_of(exact)} and {shape_of(other)} "

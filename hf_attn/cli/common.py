@@ -30,8 +30,8 @@ app = typer.Typer(
     cls=Commands,
     help="""Published attention mechanisms for Hugging Face models.
 
-    See what there is (list), read about one (show), train a model with it (train), check that this machine computes
-    it right (doctor) and how fast (bench).
+    See what there is (list), read about one (show), train a model with it (train), give it to a pretrained
+    model (linearize, fidelity), check that this machine computes it right (doctor) and how fast (bench).
 
     **A first session**
 

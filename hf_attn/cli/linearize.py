@@ -36,7 +36,8 @@ def linearize_command(
     ] = False,
     lora_rank: Annotated[int, typer.Option(min=0, help="The second stage trains LoRA updates of this rank; 0: all.")] = 0,
     transfer_rate: Annotated[float, typer.Option(help="Largest learning rate of the first stage.")] = 1e-3,
-    distill_rate: Annotated[float, typer.Option(help="Largest learning rate of the second stage.")] = 3e-4,
+    distill_rate: Annotated[float, typer.Option(help="Largest learning rate of the second stage.")] = 1e-4,
+    hidden_weight: Annotated[float, typer.Option(help="Weight of the hidden states in the second stage.")] = 1.0,
     lengths: Annotated[str, typer.Option(metavar="N,N,...", help="Tokens of a text.")] = "64,128,256",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a batch.")] = 512,
     examples: Annotated[int, typer.Option(min=1, help="Held-out texts of each length, or images.")] = 16,
@@ -73,6 +74,7 @@ def linearize_command(
         lora_rank=lora_rank,
         transfer_rate=transfer_rate,
         distill_rate=distill_rate,
+        hidden_weight=hidden_weight,
         seed=seed,
     )
     result = linearize_checkpoint(model, spec, output, options, data, wanted, tokens, examples)

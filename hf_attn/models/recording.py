@@ -23,6 +23,7 @@ from hf_attn.errors import Unsupported
 from hf_attn.models.family import convert
 from hf_attn.models.wrapping import WrappedAttention, attention_modules
 from hf_attn.module import AttentionModule
+from hf_attn.samples import seeded
 
 
 def exact_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -33,6 +34,15 @@ def exact_copy(model: PreTrainedModel) -> PreTrainedModel:
     """
     copied = copy.deepcopy(model)
     return copied if carries_mechanisms(copied) else convert(copied, "softmax")
+
+
+def converted_copy(model: PreTrainedModel, attention: str | dict[str, Any], seed: int) -> PreTrainedModel:
+    """A copy of `model` with other attention; the same `seed` draws the same parameters and buffers on every device."""
+    copied = copy.deepcopy(model)
+    device = copied.device
+    with seeded(seed):
+        convert(copied.to("cpu"), attention)
+    return copied.to(device)
 
 
 def carries_mechanisms(model: nn.Module) -> bool:

@@ -15,7 +15,6 @@ dropout, and random mechanisms keep their saved draws.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import math
 import time
@@ -34,11 +33,9 @@ from transformers.pytorch_utils import Conv1D
 from hf_attn.analysis.fidelity import Report, fidelity
 from hf_attn.analysis.outputs import Batch, embedding, hidden_states, logits, run, token_mask
 from hf_attn.errors import HfAttnError, InvalidInput, InvalidOption, Unsupported
-from hf_attn.models.family import convert
-from hf_attn.models.recording import Recorded, exact_copy, mechanisms, real_tokens, recording, replay
+from hf_attn.models.recording import Recorded, converted_copy, exact_copy, mechanisms, real_tokens, recording, replay
 from hf_attn.models.wrapping import attention_modules
 from hf_attn.recipes.linearize_report import LinearizeResult
-from hf_attn.samples import seeded
 
 WARM_UP = 0.1
 """Part of the steps in which the learning rate rises; it then falls to zero along a cosine."""
@@ -72,7 +69,7 @@ class LinearizeOptions:
     train_projections: bool = False
     lora_rank: int = 0
     transfer_rate: float = 1e-3
-    distill_rate: float = 3e-4
+    distill_rate: float = 1e-4
     hidden_weight: float = 1.0
     seed: int = 0
 
@@ -113,10 +110,8 @@ def linearize(
         raise Unsupported("linearize, lora_rank", "the package peft is not installed", "pip install peft")
     if not batches and options.transfer_steps + options.distill_steps:
         raise InvalidInput("linearize: batches is empty; give at least one batch to train on, or set both steps to 0.")
-    student = copy.deepcopy(model)
-    flags = {id(parameter): parameter.requires_grad for parameter in student.parameters()}
-    with seeded(options.seed):
-        convert(student, attention).eval()
+    student = converted_copy(model, attention, options.seed).eval()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     teacher = exact_copy(model).eval()
     layers = changed_layers(teacher, student)
     if not layers:
@@ -144,8 +139,8 @@ def linearize(
     seconds += time.perf_counter()
     if options.distill_steps:
         measure("after distillation")
-    for parameter in student.parameters():
-        parameter.requires_grad_(flags.get(id(parameter), True))
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name not in frozen)
     return LinearizeResult(student, stages, tuple(transferred), tuple(distilled), seconds)
 
 
@@ -272,7 +267,8 @@ def adapted(student: PreTrainedModel, options: LinearizeOptions) -> Iterator[Non
         target_modules=targets,
         fan_in_fan_out=any(isinstance(student.get_submodule(name), Conv1D) for name in targets),
     )
-    with seeded(options.seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
         wrapper = get_peft_model(student, config)
     for mechanism in mechanisms(student).values():
         mechanism.requires_grad_(True)

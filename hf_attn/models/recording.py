@@ -23,7 +23,6 @@ from hf_attn.errors import Unsupported
 from hf_attn.models.family import convert
 from hf_attn.models.wrapping import WrappedAttention, attention_modules
 from hf_attn.module import AttentionModule
-from hf_attn.samples import seeded
 
 
 def exact_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -40,7 +39,8 @@ def converted_copy(model: PreTrainedModel, attention: str | dict[str, Any], seed
     """A copy of `model` with other attention; the same `seed` draws the same parameters and buffers on every device."""
     copied = copy.deepcopy(model)
     device = copied.device
-    with seeded(seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         convert(copied.to("cpu"), attention)
     return copied.to(device)
 

@@ -27,7 +27,16 @@ from transformers import PreTrainedModel
 from hf_attn.analysis.fidelity_report import LayerFidelity, LengthFidelity, LogitsFidelity, Report
 from hf_attn.analysis.outputs import Batch, Metric, embedding, hidden_states, logits, run, token_mask
 from hf_attn.errors import InvalidInput, Unsupported
-from hf_attn.models.recording import Recorded, converted_copy, exact_copy, mechanisms, real_tokens, recording, replay
+from hf_attn.models.recording import (
+    Recorded,
+    converted_copy,
+    exact_copy,
+    mechanisms,
+    real_tokens,
+    recording,
+    replay,
+    require_calls,
+)
 from hf_attn.models.wrapping import attention_modules, layer_names
 from hf_attn.module import AttentionModule
 
@@ -100,6 +109,7 @@ def measure(
     """Add one batch to the sums of its length."""
     with recording(exact) as calls:
         wanted = run(exact, batch)
+    require_calls(calls)
     got = run(other, batch)
     originals, others, modules = mechanisms(exact), mechanisms(other), attention_modules(other)
     length = next(iter(calls.values())).tensors[0].shape[2]
@@ -119,8 +129,13 @@ def measure(
     into.cosines.append(
         functional.cosine_similarity(embedding(exact_states[-1], mask), embedding(states[-1].double(), mask))
     )
-    ours = logits(got, mask)
-    for name, target in logits(wanted, mask).items():
+    ours, theirs = logits(got, mask), logits(wanted, mask)
+    if {name: x.shape for name, x in ours.items()} != {name: x.shape for name, x in theirs.items()}:
+        raise InvalidInput(
+            f"fidelity: the models have different logits, {list(theirs)} and {list(ours)} or other numbers of classes. "
+            "Compare models of one class with the same head."
+        )
+    for name, target in theirs.items():
         into.logits.setdefault(name, []).append(compare(target, ours[name].double()))
     if metric is not None:
         into.metrics.append(torch.stack([metric(outputs, batch).flatten().double() for outputs in (wanted, got)]))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_attn.errors import Unsupported
+from hf_attn.errors import InvalidInput, Unsupported
 from hf_attn.models.family import convert
 from hf_attn.models.wrapping import WrappedAttention, attention_modules
 from hf_attn.module import AttentionModule
@@ -93,6 +93,16 @@ def recording(model: nn.Module) -> Iterator[dict[str, Recorded]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def require_calls(calls: Mapping[str, Recorded]) -> None:
+    """Raise `InvalidInput` where an attention module was not run, such as cross-attention without the other sequence."""
+    missing = [path for path, call in calls.items() if call.output is None]
+    if missing:
+        raise InvalidInput(
+            f"{missing[0]} was not run by the batch ({len(missing)} of {len(calls)} attention modules were not). "
+            "Give batches with every input of the model, such as encoder_hidden_states."
+        )
 
 
 def replay(module: nn.Module, call: Recorded) -> Recorded:

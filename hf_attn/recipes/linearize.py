@@ -33,7 +33,16 @@ from transformers.pytorch_utils import Conv1D
 from hf_attn.analysis.fidelity import Report, fidelity
 from hf_attn.analysis.outputs import Batch, embedding, hidden_states, logits, run, token_mask
 from hf_attn.errors import HfAttnError, InvalidInput, InvalidOption, Unsupported
-from hf_attn.models.recording import Recorded, converted_copy, exact_copy, mechanisms, real_tokens, recording, replay
+from hf_attn.models.recording import (
+    Recorded,
+    converted_copy,
+    exact_copy,
+    mechanisms,
+    real_tokens,
+    recording,
+    replay,
+    require_calls,
+)
 from hf_attn.models.wrapping import attention_modules
 from hf_attn.recipes.linearize_report import LinearizeResult
 
@@ -185,6 +194,7 @@ def transfer(
         for batch in shuffled(batches, options.transfer_steps, options.seed, "attention transfer", losses):
             with torch.no_grad(), recording(teacher) as calls:
                 run(teacher, batch)
+            require_calls(calls)
             errors = []
             for path, module in modules.items():
                 # one layer at a time: its graph is gone before the next one is made

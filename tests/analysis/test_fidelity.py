@@ -264,6 +264,11 @@ def test_what_cannot_be_compared_is_refused():
     deeper = BertModel(BertConfig(**{**BERT, "num_hidden_layers": 3}))
     with pytest.raises(InvalidInput, match="attention of different shapes"):
         fidelity(model, deeper, [inputs_of(model)])
+    with pytest.raises(InvalidInput, match="different logits"):
+        fidelity(model, BertModel(model.config), [inputs_of(model)])
+    decoder = BertModel(BertConfig(**BERT, is_decoder=True, add_cross_attention=True))
+    with pytest.raises(InvalidInput, match="crossattention.* was not run by the batch"):
+        fidelity(decoder, "softmax", [inputs_of(decoder)])
     with pytest.raises(Unsupported, match="needs a 2-D token grid"):
         fidelity(model, "ripple", [inputs_of(model)])
 

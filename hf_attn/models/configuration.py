@@ -54,6 +54,20 @@ class AttnConfigMixin:
             stored = {**stored, "model_type": cls.model_type}
         return stored, unused
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of a stored dict, without `auto_map`."""
+        if cls.__module__.startswith("hf_attn."):
+            # the code beside a checkpoint is for machines without this package; saving again must not point at it
+            config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing for classes of the installed package, which need no code beside their checkpoints."""
+        if not cls.__module__.startswith("hf_attn."):
+            super().register_for_auto_class(auto_class)
+
     @property
     def _attn_implementation(self) -> str | None:
         return self._attn_implementation_internal

@@ -94,8 +94,16 @@ class AttnModelMixin:
             )
         from huggingface_hub import CommitInfo
 
-        # a model must not depend on the hub tools; they are only called
-        done = importlib.import_module("hf_attn.hub.upload").publish(
+        # a model must not depend on the hub tools, and its copy in a checkpoint comes without them
+        try:
+            upload = importlib.import_module("hf_attn.hub.upload")
+        except ModuleNotFoundError as error:
+            raise Unsupported(
+                f"push_to_hub, {type(self).__name__}",
+                "the checks before an upload are part of the package hf_attn, which is not installed",
+                "Install it, or save the model and run `hf-attn publish` where it is",
+            ) from error
+        done = upload.publish(
             self,
             repo_id,
             private=private,
@@ -210,7 +218,8 @@ def inherit_renaming(stock: str, ours: str) -> None:
 
 def _home(model_type: str) -> ModuleType:
     """The module the classes of a family live in: where pickle and a reader find them."""
-    name = f"hf_attn.models.{STATIC.get(model_type, 'generated')}"
+    # beside this file, wherever that is: a checkpoint may carry a copy of both
+    name = __name__.removesuffix("family") + STATIC.get(model_type, "generated")
     # a family's own file calls back here while it is being imported
     return sys.modules.get(name) or importlib.import_module(name)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,10 @@ def check_folder(folder: Path, chosen: list[str], card: bool = True) -> PreTrain
             raise InvalidInput(f"{str(folder)!r} has no {needed}. Save the model and its card there first.")
     if links := [name for name in chosen if (folder / name).is_symlink()]:
         raise InvalidInput(f"{links[0]} in {str(folder)!r} is a link. Put the file itself there.")
-    check_weights(folder, chosen)
-    return check_config(folder)
+    held = check_weights(folder, chosen)
+    config = check_config(folder)
+    check_size(folder, config, sorted(set(held.values())))
+    return config
 
 
 def _everything(folder: Path) -> list[Path]:
@@ -115,6 +118,54 @@ def check_config(folder: Path) -> PreTrainedConfig:
             "Convert the model with hf_attn.convert and save it again",
         )
     return config
+
+
+def check_size(folder: Path, config: PreTrainedConfig, files: list[str]) -> None:
+    """Raise where the config describes another model, or a far larger one, than the weight files hold.
+
+    The model is built without memory: what it would take is known before any of it is taken.
+    """
+    import torch
+    from safetensors import safe_open
+
+    model_class = model_class_of(folder, config)
+    try:
+        with torch.device("meta"):
+            wanted = sum(p.numel() for p in model_class(config).parameters())
+    except HfAttnError:
+        raise
+    except Exception as error:  # sizes that contradict each other fail anywhere in a stock model
+        raise InvalidInput(f"config.json in {str(folder)!r} describes no model that can be built: {error}") from error
+    stored = 0
+    for name in files:
+        with safe_open(folder / name, framework="pt") as weights:
+            stored += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+    if wanted > 4 * stored + 10_000_000:
+        raise InvalidInput(
+            f"config.json in {str(folder)!r} describes {wanted:,} parameters, and its weight files hold {stored:,}. "
+            "Check where the folder comes from."
+        )
+
+
+def model_class_of(folder: Path, config: PreTrainedConfig) -> Any:
+    """The class of this package (for a stock config: of transformers) that a config names."""
+    import transformers
+
+    from hf_attn.models.configuration import AttnConfigMixin
+    from hf_attn.models.family import attn_class
+
+    named = next(iter(getattr(config, "architectures", None) or []), None)
+    ours = isinstance(config, AttnConfigMixin)
+    stock: Any = getattr(transformers, str(named).removeprefix("Attn" if ours else ""), None)
+    is_model = isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)
+    if not is_model:
+        raise InvalidInput(f"config.json in {str(folder)!r} names the architecture {named!r}, which is no model class.")
+    wanted = getattr(config, "stock_class", type(config))
+    if stock.config_class is not wanted:
+        raise InvalidInput(
+            f"config.json in {str(folder)!r} names the architecture {named!r}, which does not take a {type(config).__name__}."
+        )
+    return attn_class(stock) if ours else stock
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_attn.errors import InvalidInput
-from hf_attn.hub.check import PROBE
+from hf_attn.hub.check import PROBE, model_class_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,17 +92,8 @@ def check_probe(folder: Path, config: PreTrainedConfig, exact: bool = False) -> 
 
 def load_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """The model in `folder`, of the class its config names, from safetensors only; every weight must be there."""
-    import transformers
-
-    from hf_attn.models.family import attn_class
-
-    named = (getattr(config, "architectures", None) or [""])[0]
-    stock: Any = getattr(transformers, str(named).removeprefix("Attn"), None)
-    is_model = isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)
-    if not is_model:
-        raise InvalidInput(f"config.json in {str(folder)!r} names the architecture {named!r}, which is no model class.")
+    family = model_class_of(folder, config)
     try:
-        family: Any = attn_class(stock)
         model, info = family.from_pretrained(
             folder, config=config, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
@@ -112,7 +103,7 @@ def load_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
         if info.get(problem):
             names = ", ".join(sorted(map(str, info[problem]))[:3])
             raise InvalidInput(
-                f"the weights in {str(folder)!r} are not those of {named}: {problem.replace('_', ' ')} {names}. "
+                f"the weights in {str(folder)!r} are not those of {family.__name__}: {problem.replace('_', ' ')} {names}. "
                 "Save the model again."
             )
     return model

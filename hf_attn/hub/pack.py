@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -101,7 +102,9 @@ def pack(
             shutil.copyfile(folder / name, partial / name)
         added = write_code(partial, config, code)
         if "README.md" in chosen:
-            check_card((partial / "README.md").read_text(encoding="utf-8"))
+            card = _named((partial / "README.md").read_bytes().decode("utf-8", "replace"), repo_id)
+            check_card(card)
+            (partial / "README.md").write_bytes(card.encode())
         else:
             (partial / "README.md").write_text(str(checkpoint_card(partial, config, repo_id)), encoding="utf-8")
             added.append("README.md")
@@ -156,6 +159,11 @@ def entry_of(folder: Path, name: str) -> dict[str, Any]:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return {"path": name, "size": (folder / name).stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _named(card: str, repo_id: str) -> str:
+    """The card with the repository's name where it was made before that was known."""
+    return re.sub(r'"ORG/[A-Za-z0-9._-]+"', f'"{repo_id}"', card)
 
 
 def _partial(target: Path) -> Path:

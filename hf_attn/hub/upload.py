@@ -1,6 +1,7 @@
 """Publish a checkpoint: checked, in one commit, verified afterwards, and safe to run again.
 
     hf_attn.hub.publish("runs/model", "someone/bert-rfa")
+    hf_attn.hub.publish(trainer, "someone/bert-rfa")   # in the foreground: a failure is an error, not a log line
     model.push_to_hub("someone/bert-rfa")              # models of this package go the same way
 
 The commit names the head it was planned on, so a change that somebody else made meanwhile is never overwritten. What was
@@ -28,7 +29,7 @@ from hf_attn.hub.verify import Change, change
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Trainer
 
 MESSAGE = "Publish with hf_attn"
 
@@ -120,9 +121,10 @@ class Published:
 
 
 def publish(
-    source: str | os.PathLike[str] | PreTrainedModel,
+    source: str | os.PathLike[str] | PreTrainedModel | Trainer,
     repo_id: str,
     *,
+    processor: Any = None,
     private: bool | None = None,
     revision: str = "main",
     create_pr: bool = False,
@@ -136,8 +138,9 @@ def publish(
     """Check `source`, upload it in one commit, and verify what arrived.
 
     Args:
-        source: a folder made by save_pretrained or by `pack`, or a model.
+        source: a folder made by save_pretrained or by `pack`, a model, or a Trainer (on its main process).
         repo_id: `owner/name`; made where it does not exist.
+        processor: tokenizer or image processor to save beside a model; a Trainer brings its own.
         private: visibility of a new repository. An existing one of the other kind is refused.
         revision: branch to commit to, made where it does not exist.
         create_pr: open a pull request instead. Where an open one holds the same files, that one is the result.
@@ -146,7 +149,7 @@ def publish(
         vendored: add the code itself instead of a shim that imports hf_attn.
         dry_run: check and show the plan; nothing is sent, and no network is needed.
         timeout: seconds without any answer after which a request counts as failed.
-        save: arguments of save_pretrained, where `source` is a model.
+        save: arguments of the model's save_pretrained, where `source` is no folder.
 
     Raises:
         InvalidInput, Unsupported: the folder must not be published as it is; nothing was sent.
@@ -154,7 +157,7 @@ def publish(
     """
     target = Target(repo_id, private, revision, create_pr, tag, message)
     target.check()
-    with prepared(source, repo_id, vendored, save) as plan:
+    with prepared(source, repo_id, vendored, processor, save) as plan:
         if dry_run:
             return _result("dry run", plan, target, private, None, None, None, ())
         with talk.patience(timeout):
@@ -162,14 +165,21 @@ def publish(
 
 
 @contextlib.contextmanager
-def prepared(source: Any, repo_id: str, vendored: bool, save: dict[str, Any]) -> Iterator[Plan]:
+def prepared(
+    source: Any, repo_id: str, vendored: bool = False, processor: Any = None, save: dict[str, Any] | None = None
+) -> Iterator[Plan]:
     """The packed and checked folder of `source`, in a temporary place unless `source` is one already."""
     with tempfile.TemporaryDirectory(prefix="hf_attn-publish-") as temporary:
         exact = not isinstance(source, (str, os.PathLike))
         if exact:
             folder = Path(temporary) / "model"
-            source.save_pretrained(folder, **save)
-            write_probe(source, folder)
+            model, processor = _parts(source, processor)
+            model.save_pretrained(folder, **(save or {}))
+            if processor is not None:
+                processor.save_pretrained(folder)
+            write_probe(model, folder)
+        elif processor is not None or save:
+            raise InvalidInput("processor and arguments of save_pretrained belong to a model; the source is a folder.")
         else:
             folder = Path(source)
             if (folder / MANIFEST).is_file():
@@ -183,6 +193,19 @@ def prepared(source: Any, repo_id: str, vendored: bool, save: dict[str, Any]) ->
         plan = pack(folder, packed, repo_id, "vendored" if vendored else "shim", write_card=True)
         check_probe(packed, check_config(packed), exact=exact)
         yield plan
+
+
+def _parts(source: Any, processor: Any) -> tuple[Any, Any]:
+    """Model and processor of a Trainer, or of the model itself."""
+    from transformers import PreTrainedModel, Trainer
+
+    if isinstance(source, Trainer):
+        if not source.is_world_process_zero():
+            raise InvalidInput("publish belongs on the main process: ask trainer.is_world_process_zero() first.")
+        return source.accelerator.unwrap_model(source.model), processor or source.processing_class
+    if not isinstance(source, PreTrainedModel):
+        raise InvalidInput(f"publish takes a folder, a model or a Trainer; got a {type(source).__name__}.")
+    return source, processor
 
 
 def _upload(plan: Plan, target: Target) -> Published:

@@ -8,6 +8,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from server import TOKEN, Hub
+from small import BERT
 
 import hf_attn
 from hf_attn.hub import talk
@@ -30,9 +31,6 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(_http, "time", types.SimpleNamespace(**{**vars(time), "sleep": lambda _: None}))
         monkeypatch.setattr(talk, "pause", lambda _: None)
         yield hub
-
-
-BERT = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 32}  # fmt: skip
 
 
 @pytest.fixture

@@ -5,17 +5,14 @@ installed package nor this repository can help.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import BERT
 from safetensors.torch import load_file, save_file
+from small import ABSENT, BERT, process
 
 import hf_attn
 from hf_attn.errors import InvalidInput
@@ -25,14 +22,6 @@ from hf_attn.hub.pack import pack
 from hf_attn.hub.probe import answer, probe_inputs
 
 ROOT = Path(__file__).parents[2]
-ABSENT = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hf_attn":
-            raise ModuleNotFoundError("No module named 'hf_attn'", name="hf_attn")
-sys.meta_path.insert(0, Absent())
-"""
 LOAD = """
 import json, sys, torch, transformers
 from safetensors.torch import load_file
@@ -49,14 +38,6 @@ for folder, auto in json.loads(sys.argv[1]):
     print(json.dumps([type(model).__module__, type(model).__name__, (found - expected).abs().max().item(),
                       "hf_attn" in sys.modules, type(model.config) is type(model).config_class]))
 """
-
-
-def process(code: str, *arguments, home: Path, **environment) -> subprocess.CompletedProcess:
-    """Python in a process of its own, in an empty folder, with an empty cache of remote code."""
-    home.mkdir(exist_ok=True)
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", **environment}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=home)
 
 
 def saved(model, folder: Path, code: str) -> tuple[str, str]:

@@ -166,3 +166,16 @@ def test_missing_parts_are_named(folder, tmp_path):
     (folder / "README.md").symlink_to(tmp_path / "card.md")
     with pytest.raises(InvalidInput, match="is a link"):
         pack(folder, tmp_path / "hub")
+
+
+def test_a_card_made_before_the_name_was_known_gets_it(folder, tmp_path):
+    (folder / "README.md").write_text('---\n---\nAutoModel.from_pretrained("ORG/my-model.v1")\n"ORGANISED/x"\n')
+    card = (pack(folder, tmp_path / "hub", "someone/model").folder / "README.md").read_text()
+    assert 'from_pretrained("someone/model")' in card and '"ORGANISED/x"' in card
+
+
+def test_a_card_that_the_hub_would_refuse_is_refused(folder, tmp_path):
+    (folder / "README.md").write_text("---\nscore: .nan\n---\n")
+    with pytest.raises(InvalidInput, match="score is nan"):
+        pack(folder, tmp_path / "hub")
+    assert list(tmp_path.iterdir()) == [folder], "nothing is left behind"

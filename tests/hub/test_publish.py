@@ -16,7 +16,7 @@ import torch
 from faults import ALWAYS, FAULTS, REPO, STAGES
 from huggingface_hub import constants
 from server import TOKEN, Hub
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, BertTokenizer, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 import hf_attn
@@ -80,6 +80,30 @@ def test_push_to_hub_goes_the_same_way(hub, model):
         model.cls.predictions.bias.add_(1)
     with pytest.raises(PublishFailed, match="403"):
         model.push_to_hub(REPO)
+
+
+def test_a_trainer_is_published_with_its_tokenizer_and_without_its_pickles(hub, model, tmp_path):
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
+    arguments = TrainingArguments(str(tmp_path / "run"), report_to="none", use_cpu=True)
+    trainer = Trainer(model, arguments, processing_class=tokenizer)
+    trainer.save_model()
+    with pytest.raises(Unsupported, match="training_args.bin"):
+        publish(tmp_path / "run", REPO)
+    assert publish(trainer, REPO).state == "published"
+    assert "tokenizer_config.json" in hub.files(REPO) and "training_args.bin" not in hub.files(REPO)
+    hub.fail("POST", "/commit/", 403)
+    with torch.no_grad():
+        model.cls.predictions.bias.add_(1)
+    with pytest.raises(PublishFailed, match="403"):
+        publish(trainer, REPO)
+
+
+def test_what_cannot_be_published_is_refused(hub, folder):
+    with pytest.raises(InvalidInput, match="got a Linear"):
+        publish(torch.nn.Linear(2, 2), REPO)
+    with pytest.raises(InvalidInput, match="the source is a folder"):
+        publish(folder, REPO, max_shard_size="1KB")
 
 
 def test_stale_shards_are_deleted_and_other_files_stay(hub, model, tmp_path):

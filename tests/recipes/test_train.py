@@ -15,6 +15,7 @@ from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_attn.errors import InvalidInput, InvalidOption, UnknownMechanism, Unsupported
+from hf_attn.hub.check import PROBE
 from hf_attn.hub.pack import verify
 from hf_attn.recipes.arguments import parse_overrides, read
 from hf_attn.recipes.data import DATASETS, digits, to_pixels
@@ -54,7 +55,14 @@ def run(tmp_path_factory):
 
 def test_everything_a_model_needs_is_saved(run):
     files = {path.name for path in run.model_dir.iterdir()}
-    expected = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "training_curve.png"}
+    expected = {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "README.md",
+        "training_curve.png",
+        PROBE,
+    }
     assert files == expected
     assert {path.name for path in run.plan.folder.iterdir()} == expected | {"manifest.json", "modeling_hf_attn.py"}
     picture = (run.model_dir / "training_curve.png").read_bytes()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_attn.cli.common import AsJson, app, key_values, print_json
+from hf_attn.cli.common import AsJson, app, hint, key_values, print_json
 
 
 @app.command("convert", no_args_is_help=True)
@@ -59,7 +59,7 @@ def convert_command(
     if publish is not None:
         Target(publish, private).check()
     converted = convert_checkpoint(source, attention, output, revision=revision, seed=seed, **options)
-    done = upload(output, publish, private=private, vendored=vendored) if publish is not None else None
+    done = upload(output, publish, private=private, vendored=vendored, show=hint) if publish is not None else None
     if as_json:
         print_json({**converted.as_json(), "published": done.as_json() if done else None})
     else:

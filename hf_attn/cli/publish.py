@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_attn.cli.common import AsJson, app, print_json
+from hf_attn.cli.common import AsJson, app, hint, print_json
 
 
 @app.command("publish", no_args_is_help=True)
@@ -59,6 +59,7 @@ def publish_command(
         message=message,
         vendored=vendored,
         dry_run=dry_run,
+        show=hint,
     )
     if as_json:
         print_json(result.as_json())

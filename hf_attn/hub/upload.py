@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,13 @@ class Target:
     create_pr: bool = False
     tag: str | None = None
     message: str = MESSAGE
+
+    def __str__(self) -> str:
+        visibility = {True: "private", False: "public", None: "visibility as it is, or the owner's default"}[
+            self.private
+        ]
+        what = "a pull request to main" if self.create_pr else self.revision
+        return f"{self.repo_id}, {what} ({visibility})" + (f", tag {self.tag}" if self.tag else "")
 
     def check(self) -> None:
         """Raise `InvalidInput` for what cannot work, before any work."""
@@ -111,13 +118,14 @@ class Published:
         return facts
 
     def __str__(self) -> str:
-        visibility = {True: "private", False: "public", None: "the owner's default visibility"}[self.private]
-        where = f"{self.repo_id}, {self.revision} ({visibility})"
         deleted = [f"deleted: {', '.join(self.deleted)}"] if self.deleted else []
         if self.state == "dry run":
-            return "\n".join([self.table, f"target: {where}", "Nothing was uploaded: this was a dry run."])
-        done = f"{self.state}: {where}" + (f", tag {self.tag}" if self.tag else "")
-        return "\n".join([self.table, *deleted, done, f"  {self.url}", "Load exactly this:", f"  {self.command}"])
+            return f"{self.table}\nNothing was uploaded: this was a dry run."
+        visibility = "private" if self.private else "public"
+        done = f"{self.state}: {self.repo_id}, {self.revision} ({visibility})" + (
+            f", tag {self.tag}" if self.tag else ""
+        )
+        return "\n".join([*deleted, done, f"  {self.url}", "Load exactly this:", f"  {self.command}"])
 
 
 def publish(
@@ -133,6 +141,7 @@ def publish(
     vendored: bool = False,
     dry_run: bool = False,
     timeout: float = 120.0,
+    show: Callable[[str], None] | None = None,
     **save: Any,
 ) -> Published:
     """Check `source`, upload it in one commit, and verify what arrived.
@@ -149,6 +158,7 @@ def publish(
         vendored: add the code itself instead of a shim that imports hf_attn.
         dry_run: check and show the plan; nothing is sent, and no network is needed.
         timeout: seconds without any answer after which a request counts as failed.
+        show: gets the plan (files, sizes, target, visibility) before anything is sent.
         save: arguments of the model's save_pretrained, where `source` is no folder.
 
     Raises:
@@ -160,6 +170,8 @@ def publish(
     with prepared(source, repo_id, vendored, processor, save) as plan:
         if dry_run:
             return _result("dry run", plan, target, private, None, None, None, ())
+        if show is not None:
+            show(f"{plan.table()}\ntarget: {target}")
         with talk.patience(timeout):
             return _upload(plan, target)
 
@@ -357,5 +369,5 @@ def _result(
         deleted=deleted,
         skipped=plan.skipped,
         warnings=plan.warnings,
-        table=plan.table(),
+        table=f"{plan.table()}\ntarget: {target}",
     )

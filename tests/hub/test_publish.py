@@ -46,7 +46,7 @@ def test_one_commit_holds_exactly_the_files_of_the_plan(hub, folder):
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert hub.titles(REPO) == ["initial commit", "Publish with hf_attn"]
     assert result.commit == hub.repos[REPO].refs["main"] and result.commit in result.url
-    assert result.commit in str(result) and "model.safetensors" in str(result)
+    assert result.commit in str(result)
     assert json.loads(json.dumps(result.as_json()))["commit"] == result.commit
 
 
@@ -431,7 +431,16 @@ def test_the_command_publishes(hub, folder, command):
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)
     assert facts["state"] == "published" and facts["private"] and facts["tag"] == "v1"
-    assert "unchanged: someone/model, main (private)" in command(folder, "--repo-id", REPO).stdout
+    again = command(folder, "--repo-id", REPO)
+    assert "unchanged: someone/model, main (private)" in again.stdout
+    # the plan is a hint, shown before anything is sent
+    assert "model.safetensors" in again.stderr and "target: someone/model, main (visibility as it is" in again.stderr
+    hub.fail("POST", "/api/repos/create", 401, count=ALWAYS)
+    hub.fail("GET", "/api/models/", 401, count=ALWAYS)
+    failed = command(folder, "--repo-id", REPO)
+    assert (
+        failed.exit_code == 1 and failed.stderr.index("target:") < failed.stderr.index("error: ") and not failed.stdout
+    )
 
 
 def test_a_dry_run_shows_the_plan_and_sends_nothing(hub, folder, command):
@@ -447,3 +456,11 @@ def test_a_dry_run_names_file_and_line_of_a_planted_token(hub, folder, command):
     done = command(folder, "--repo-id", REPO, "--dry-run")
     assert done.exit_code == 1 and "README.md:4: a Hugging Face token (hf_Zx9...)" in done.stderr
     assert TOKEN not in done.output
+
+
+def test_a_server_without_xet_is_explained(hub, plan, monkeypatch):
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(PublishFailed, match="HF_HUB_DISABLE_XET=1") as caught:
+        upload(plan)
+    assert caught.value.stage == "uploading files" and hub.titles(REPO) == ["initial commit"]

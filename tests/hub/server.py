@@ -17,11 +17,13 @@ import hashlib
 import json
 import re
 import socket
+import struct
 import threading
 import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 TOKEN = "hf_" + "Zx9" * 11 + "q"
@@ -82,22 +84,30 @@ class Blob:
 
     content: bytes
     large: bool = False
+    xet: tuple[str, str, int] | None = None
+    """sha256, hash in the Xet storage, and size, where the content lives there."""
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(self.content).hexdigest()
+        return self.xet[0] if self.xet else hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def size(self) -> int:
+        return self.xet[2] if self.xet else len(self.content)
 
     @property
     def git(self) -> str:
         content = self.content
         if self.large:
             head = "version https://git-lfs.github.com/spec/v1\n"
-            content = f"{head}oid sha256:{self.sha256}\nsize {len(self.content)}\n".encode()
+            content = f"{head}oid sha256:{self.sha256}\nsize {self.size}\n".encode()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
     def facts(self, path: str) -> dict[str, Any]:
-        facts = {"type": "file", "path": path, "size": len(self.content), "oid": self.git}
-        return {**facts, "lfs": {"oid": self.sha256, "size": len(self.content), "pointerSize": 130}} if self.large else facts  # fmt: skip
+        facts = {"type": "file", "path": path, "size": self.size, "oid": self.git}
+        if self.large:
+            facts["lfs"] = {"oid": self.sha256, "size": self.size, "pointerSize": 130}
+        return {**facts, "xetHash": self.xet[1]} if self.xet else facts
 
 
 @dataclass
@@ -148,8 +158,9 @@ class Refused(Exception):
 class Hub:
     """The server; use as a context manager."""
 
-    def __init__(self, large_from: int = 1024):
+    def __init__(self, large_from: int = 1024, xet: Path | None = None):
         self.large_from = large_from
+        self.xet = xet
         self.repos: dict[str, Repo] = {}
         self.store: dict[str, bytes] = {}
         self.requests: list[Request] = []
@@ -364,9 +375,11 @@ def commit(hub: Hub, request: Request, name: str, rev: str) -> Answer:
         if line["key"] == "file":
             changed[value["path"]] = Blob(base64.b64decode(value["content"]))
         elif line["key"] == "lfsFile":
-            if len(hub.store.get(value["oid"], b"")) != value["size"] and value["size"]:
+            in_xet = xet_hashes(hub.xet).get(value["oid"]) if hub.xet else None
+            if in_xet is None and len(hub.store.get(value["oid"], b"")) != value["size"]:
                 raise Refused(400, f"{value['path']}: its content was never uploaded")
-            changed[value["path"]] = Blob(hub.store[value["oid"]], large=True)
+            found = (value["oid"], in_xet, value["size"]) if in_xet else None
+            changed[value["path"]] = Blob(hub.store.get(value["oid"], b""), large=True, xet=found)
         elif line["key"] == "deletedFile" and changed.pop(value["path"], None) is None:
             raise Refused(404, "A file with this name doesn't exist", "EntryNotFound")
     if request.query.get("create_pr"):
@@ -386,14 +399,47 @@ def resolve(hub: Hub, request: Request, name: str, rev: str, path: str) -> Answe
     headers = {"X-Repo-Commit": found.oid, "ETag": f'"{blob.git}"', "Accept-Ranges": "bytes"}
     if not blob.large:
         return 200, headers, blob.content
-    headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.content))}
+    headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(blob.size)}
+    if blob.xet:
+        headers |= {
+            "X-Xet-Hash": blob.xet[1],
+            "Link": f'<{hub.url}/api/models/{name}/xet-read-token/{rev}>; rel="xet-auth"',
+        }
     # another origin: on a redirect to the same one, clients lose these headers
     return 302, {**headers, "Location": f"{hub.store_url}/lfs-store/{blob.sha256}"}, b""
 
 
-def no_xet(hub: Hub, request: Request, name: str, rev: str) -> Answer:
+def xet_token(hub: Hub, request: Request, name: str, rev: str) -> Answer:
+    """Leads to a folder: `local://` is a scheme that xet-core keeps for its own tests."""
     hub.repo(request, name)
-    raise Refused(404, "this Hub has no Xet storage")
+    if hub.xet is None:
+        raise Refused(404, "this Hub has no Xet storage")
+    url, access, until = f"local://{hub.xet}", "xet-access", 4_000_000_000
+    headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": access, "X-Xet-Token-Expiration": str(until)}
+    return 200, headers, {"casUrl": url, "accessToken": access, "exp": until}
+
+
+def xet_hashes(folder: Path) -> dict[str, str]:
+    """sha256 -> Xet hash of every file in the local storage, read from its shards.
+
+    A shard is a header of 48 bytes and then, a file: a record (hash, flags, number of segments), as many segments, as
+    many again where bit 31 is set, and one with the sha256 where bit 30 is. A record of 0xFF ends the list.
+    """
+    found = {}
+    for path in folder.rglob("*.mdb"):
+        data, at = path.read_bytes(), 48
+        while data[at : at + 32].strip(b"\xff"):
+            flags, count = struct.unpack_from("<II", data, at + 32)
+            end = at + 48 + 48 * count * (2 if flags >> 31 else 1)
+            if flags >> 30 & 1:
+                found[_xet_text(data[end : end + 32])] = _xet_text(data[at : at + 32])
+                end += 48
+            at = end
+    return found
+
+
+def _xet_text(digest: bytes) -> str:
+    return "".join(f"{word:016x}" for word in struct.unpack("<4Q", digest))
 
 
 def auth_check(hub: Hub, request: Request, name: str) -> Answer:
@@ -412,7 +458,7 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("POST", _MODEL + "/paths-info/(?P<rev>[^/]+)", paths_info),
     ("GET", _MODEL + "/refs", refs),
     ("GET", _MODEL + "/auth-check/write", auth_check),
-    ("GET", _MODEL + "/xet-(?:read|write)-token/(?P<rev>[^/]+)", no_xet),
+    ("GET", _MODEL + "/xet-(?:read|write)-token/(?P<rev>[^/]+)", xet_token),
     ("POST", _MODEL + "/branch/(?P<rev>[^/]+)", branch),
     ("POST", _MODEL + "/tag/(?P<rev>[^/]+)", tag),
     ("POST", _MODEL + "/preupload/(?P<rev>[^/]+)", preupload),

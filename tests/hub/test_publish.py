@@ -464,3 +464,18 @@ def test_a_server_without_xet_is_explained(hub, plan, monkeypatch):
     with pytest.raises(PublishFailed, match="HF_HUB_DISABLE_XET=1") as caught:
         upload(plan)
     assert caught.value.stage == "uploading files" and hub.titles(REPO) == ["initial commit"]
+
+
+def test_the_round_trip_through_xet(hub, model, folder, tmp_path, monkeypatch):
+    """Optional: `local://` is no promised interface of hf_xet."""
+    pytest.importorskip("hf_xet")
+    (tmp_path / "xet").mkdir()
+    hub.xet = tmp_path / "xet"
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    result = publish(folder, REPO)
+    assert result.state == "published" and hub.repos[REPO].at("main").tree["model.safetensors"].xet
+    assert not hub.store and publish(folder, REPO).state == "unchanged"
+    loaded = AutoModelForMaskedLM.from_pretrained(REPO)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
+    assert all(TOKEN.encode() not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

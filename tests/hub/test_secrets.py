@@ -1,6 +1,7 @@
 """The secret scanner: every kind, wherever it hides, with file and line, and no false alarms on weights and vocabularies."""
 
 import base64
+import json
 import zipfile
 
 import pytest
@@ -27,7 +28,7 @@ PLANTED = {
 
 
 def test_every_kind_has_a_case():
-    assert PLANTED.keys() == secrets.SECRETS.keys()
+    assert list(PLANTED) == [rule.kind for rule in secrets.SECRETS]
 
 
 @pytest.mark.parametrize("kind", PLANTED)
@@ -111,3 +112,6 @@ def test_local_paths_are_named_in_text_only(tmp_path):
     (finding,) = local_paths(tmp_path / "config.json")
     assert finding.line == 2 and finding.shown == "/home/"
     assert local_paths(tmp_path / "weights") == []
+    (tmp_path / "windows.json").write_text(json.dumps({"path": "C:\\Users\\someone\\model"}))
+    (finding,) = local_paths(tmp_path / "windows.json")
+    assert finding.line == 1

@@ -174,6 +174,10 @@ class Hub:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Answer no more."""
         for server in self.servers:
             server.shutdown()
             server.server_close()

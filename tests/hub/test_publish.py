@@ -383,6 +383,19 @@ def test_offline(what, hub, folder, monkeypatch):
     assert len(hub.requests) == before
 
 
+def test_a_hub_that_is_gone(hub, folder):
+    publish(folder, REPO)
+    AutoModelForMaskedLM.from_pretrained(REPO)
+    hub.stop()
+    # kept connections would still be answered
+    huggingface_hub.close_session()
+    with pytest.raises(PublishFailed, match="ConnectError") as caught:
+        publish(folder, REPO)
+    assert "not known" in caught.value.state and "Run the same command again" in str(caught.value)
+    assert publish(folder, REPO, dry_run=True).state == "dry run"
+    assert AutoModelForMaskedLM.from_pretrained(REPO).config.attention["default"]["name"] == "rfa"
+
+
 # the folder
 
 

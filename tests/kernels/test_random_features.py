@@ -66,4 +66,6 @@ def test_automatic_choice_on_the_cpu_is_torch_and_refusals_say_why(case):
         if changes:
             changes = {"query": query.float(), "directions": directions.float(), **changes}
         with pytest.raises(KernelUnavailable, match=reason):
-            random_features.choose("random_feature_attention", "triton", random_features.BACKENDS, request._replace(**changes))
+            random_features.choose(
+                "random_feature_attention", "triton", random_features.BACKENDS, request._replace(**changes)
+            )

@@ -186,7 +186,7 @@ def draw(path: Path, table: list[list]) -> None:
     axes.set_xticklabels(map(str, ticks))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     figure.savefig(path, format="png", metadata={"Software": None})
 
 

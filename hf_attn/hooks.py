@@ -24,6 +24,8 @@ def _families() -> None:
     configuration = importlib.import_module("hf_attn.models.configuration")
     for model_type in (*configuration.STATIC, *configuration.GENERATED):
         configuration.announce_family(model_type)
+    for model_type in configuration.OWN:
+        configuration.announce_own(model_type)
 
 
 ACTIONS: dict[str, Callable[[], None]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -20,6 +21,9 @@ STATIC = {"bert": "bert", "vit": "vit", "gpt2": "gpt2"}
 """Families with a file of their own, by model type."""
 GENERATED = ("roberta", "distilbert", "deit", "llama", "qwen2", "qwen3", "modernbert")
 """Further model types whose converted checkpoints load in a fresh process; any other after `register_family`."""
+
+OWN = {"aa_resnet": ("hf_attn.models.aa_resnet_config", "register_aa_resnet")}
+"""Model types that are not a stock one with mechanisms: the module and the function that registers its classes."""
 
 
 class AttnConfigMixin:
@@ -128,26 +132,37 @@ def register_family(model_type: str) -> type[PreTrainedConfig]:
 
 
 def announce_family(model_type: str) -> None:
-    """`register_family`, put off until a checkpoint of the family is loaded.
+    """`register_family`, put off until a checkpoint of the family is loaded."""
+    announce(f"attn_{model_type}", lambda: register_family(model_type))
+
+
+def announce_own(model_type: str) -> None:
+    """The same for a model type of `OWN`."""
+    home, register = OWN[model_type]
+    announce(model_type, lambda: getattr(importlib.import_module(home), register)())
+
+
+def announce(model_type: str, make: Callable[[], type[PreTrainedConfig]]) -> None:
+    """Let AutoConfig know a stand-in for `model_type` that becomes the class `make` returns when a config is asked for.
 
     AutoConfig is often imported in the middle of a stock config's own import, when its class cannot be derived from
-    yet; so AutoConfig gets a stand-in that becomes the real class when it is asked for a config.
+    yet.
     """
     from transformers.models.auto.configuration_auto import AutoConfig
 
     class StandIn(PreTrainedConfig):
         def __new__(cls, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-            return register_family(model_type)(*args, **kwargs)
+            return make()(*args, **kwargs)
 
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-            return register_family(model_type).from_dict(config_dict, **kwargs)
+            return make().from_dict(config_dict, **kwargs)
 
         @classmethod
         def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
-            return register_family(model_type).from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return make().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    StandIn.model_type = f"attn_{model_type}"
+    StandIn.model_type = model_type
     AutoConfig.register(StandIn.model_type, StandIn, exist_ok=True)
 
 

@@ -21,7 +21,7 @@ CASES = sorted(GOLDEN.glob("*/*.safetensors"))
 REFUSED = [case for path in sorted(GOLDEN.glob("refused_*.json")) for case in json.loads(path.read_text())]
 
 PENDING = {
-    "deformable_conv2d", "augmented_conv2d", "dual_consistency",
+    "dual_consistency",
     "ssta", "dual_encoder", "population", "inversion", "neural_ef", "world_model",
 }  # fmt: skip
 """Folders of cases whose mechanism or system is not written yet."""
@@ -130,7 +130,9 @@ def test_golden(path: Path, form: str):
 
 
 def select(value: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """The rows (B,N) to compare of a (B,H,N,D) or (B,N,...) result."""
+    """The rows (B,N) to compare of a (B,H,N,D) or (B,N,...) result, or the pixels (B,h,w) of a (B,C,h,w) one."""
+    if valid.dim() == 3:
+        return value.movedim(1, -1)[valid]
     return value.transpose(1, 2)[valid] if value.dim() == 4 else value[valid]
 
 

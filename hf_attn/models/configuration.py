@@ -23,7 +23,10 @@ STATIC = {"bert": "bert", "vit": "vit", "gpt2": "gpt2"}
 GENERATED = ("roberta", "distilbert", "deit", "llama", "qwen2", "qwen3", "modernbert")
 """Further model types whose converted checkpoints load in a fresh process; any other after `register_family`."""
 
-OWN = {"gau": ("hf_attn.models.gau_config", "GauConfig")}
+OWN = {
+    "gau": ("hf_attn.models.gau_config", "GauConfig"),
+    "aa_resnet": ("hf_attn.models.aa_resnet_config", "AAResNetConfig"),
+}
 """Model types with a config class of their own, and where it lives."""
 
 
@@ -175,7 +178,7 @@ def announce(model_type: str, load: Callable[[], type[PreTrainedConfig]]) -> Non
     """Let AutoConfig know `model_type`, whose config class `load` returns, without loading it now.
 
     AutoConfig is often imported in the middle of a stock config's own import, when its class cannot be derived from
-    yet; so AutoConfig gets a stand-in that becomes the real class when it is asked for a config.
+    yet.
     """
     from transformers.models.auto.configuration_auto import AutoConfig
 

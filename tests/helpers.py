@@ -24,6 +24,40 @@ def call_of(module, batch: int = 2, dtype=torch.float64, **changes):
     return example_inputs(module, batch=batch, dtype=dtype, **changes)
 
 
+CROSS = 2, 2, 7, 11, 4
+"""B, H, N, M, D of `cross_tokens`: cross-attention of odd lengths."""
+
+
+def normal(*shape, seed=4):
+    """Standard normal numbers, float64, the same every time."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def cross_tokens(queries=CROSS[2], keys=CROSS[3], grad=False):
+    """query, key and value; seeds 0 to 2."""
+    batch, heads, dim = CROSS[0], CROSS[1], CROSS[4]
+    lengths = enumerate((queries, keys, keys))
+    return [normal(batch, heads, n, dim, seed=s).requires_grad_(grad) for s, n in lengths]
+
+
+def cross_padding(keys=CROSS[3], seed=2):
+    """Some keys of every sample hidden: never the first, always the last."""
+    mask = torch.rand(CROSS[0], keys, generator=torch.Generator().manual_seed(seed)) > 0.4
+    mask[:, 0], mask[:, -1] = True, False
+    return mask
+
+
+def qkv(queries, keys=None, batch=3, **settings):
+    """query, key and value (batch, HEADS, length, DIM), float64, the same every time."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = (queries, keys or queries, keys or queries)
+    return [torch.randn(batch, HEADS, n, DIM, dtype=torch.float64, generator=generator, **settings) for n in sizes]
+
+
+def agree(a, b, tolerance=1e-10):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
 def part_of(call: dict, rows: slice, tokens: slice) -> dict:
     """The call arguments of some rows and tokens."""
     if "layer_input" not in call:

@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from hf_attn.errors import Unsupported
+from hf_attn.errors import HfAttnError, InvalidOption, Unsupported
+from hf_attn.models.limits import check_stored
 
 Spec = dict[str, dict[str, Any]]
 STATIC = {"bert": "bert", "vit": "vit", "gpt2": "gpt2"}
@@ -57,6 +58,30 @@ class AttnConfigMixin:
         if stored.get("model_type") == cls.stock_class.model_type:
             stored = {**stored, "model_type": cls.model_type}
         return stored, unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of a stored dict, without `auto_map`.
+
+        Raises:
+            InvalidOption: a field has a wrong type, or asks for more than any model has; nothing was built.
+        """
+        check_stored(config_dict)
+        if cls.__module__.startswith("hf_attn."):
+            # the code beside a checkpoint is for machines without this package; saving again must not point at it
+            config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except HfAttnError:
+            raise
+        except Exception as error:  # a stranger's config can go wrong in any place of the stock class
+            raise InvalidOption(f"config: {cls.__name__} cannot be made of it ({error}).") from error
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing for classes of the installed package, which need no code beside their checkpoints."""
+        if not cls.__module__.startswith("hf_attn."):
+            super().register_for_auto_class(auto_class)
 
     @property
     def _attn_implementation(self) -> str | None:

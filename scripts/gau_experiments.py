@@ -298,6 +298,8 @@ def write_page(folder: Path, results: Fields) -> None:
                 ]
                 for s, m in model.items()
             ]
+        if any(s not in model for model in models.values() for s in seeds):
+            lines += ["", "An empty cell was not run; means are over the seeds that were."]
         lines += ["", f"![Loss against step]({name}.png)", ""]
         draw_curves(folder / f"{name}.png", models)
     if "time" in results:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 ENTRY = "modeling_hf_attn"
+FILES = (f"{ENTRY}.py", "hf_attn_*.py")
+"""Names of the files that carry code."""
 KINDS = ("shim", "vendored")
 
 _SHIM = '''"""Loads this checkpoint through the package hf_attn {versions}. Written by `hf-attn publish`."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_attn.errors import HfAttnError, InvalidInput, PublishFailed, Unsupported
 from hf_attn.hub.check import PROBE, check_size, check_weights, listing, matches, model_class_of, read_json
+from hf_attn.hub.pack import working_place
 from hf_attn.hub.probe import check_probe, write_probe
 
 if TYPE_CHECKING:
@@ -111,8 +112,7 @@ def convert_checkpoint(
         convert(model, attention, **options)
     model.eval()
 
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = working_place(output)
     try:
         model.save_pretrained(partial)
         copied = take_over(folder, partial)

@@ -195,6 +195,8 @@ def prepared(
         else:
             folder = Path(source)
             if (folder / MANIFEST).is_file():
+                if vendored and not any(folder.glob("hf_attn_*.py")):
+                    raise InvalidInput(f"{str(folder)!r} was packed without its code. Publish the saved model itself.")
                 plan = plan_of(folder, repo_id)
                 check_probe(folder, check_config(folder))
                 yield plan

@@ -46,6 +46,28 @@ def test_weights_stay_and_the_choice_is_saved(stock, tmp_path):
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
 
+LLAMA = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 16, "max_position_embeddings": 32}  # fmt: skip
+VIT = {"image_size": 8, "patch_size": 2, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "mechanism", "auto"),
+    [
+        (lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)), "rfa", "AutoModelForCausalLM"),
+        (lambda: transformers.LlamaModel(transformers.LlamaConfig(**LLAMA)), "hypercube", "AutoModel"),
+        (lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VIT)), "ripple", "AutoModelForImageClassification"),
+        (lambda: transformers.RobertaModel(transformers.RobertaConfig(**BERT, pad_token_id=1)), "lara", "AutoModel"),
+    ],
+)  # fmt: skip
+def test_other_families(model, mechanism, auto, tmp_path):
+    model().save_pretrained(tmp_path / "stock")
+    done = convert_checkpoint(tmp_path / "stock", mechanism, tmp_path / "out")
+    assert done.layers == (mechanism,) * 2
+    assert type(getattr(transformers, auto).from_pretrained(done.folder)).__name__.startswith("Attn")
+    assert f"{auto}.from_pretrained" in (done.folder / "README.md").read_text()
+    assert publish(done.folder, REPO, vendored=True, dry_run=True).state == "dry run"
+
+
 def test_the_seed_decides_what_is_drawn(stock, tmp_path):
     weights = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

@@ -1,7 +1,10 @@
 """Small models and calls that the tests build from the registry."""
 
+from pathlib import Path
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertModel, BertTokenizer
 
 import hf_attn
 from hf_attn.samples import DIM, GRID, HEADS, example_inputs, example_module  # noqa: F401  # tests take the sizes from here
@@ -65,6 +68,21 @@ def inputs_of(model, labels: bool = False) -> dict[str, torch.Tensor]:
     if labels:
         batch["labels"] = batch["input_ids"]
     return batch
+
+
+def text_checkpoint(folder: Path) -> Path:
+    """A small BERT with a tokenizer in `folder`/source, and ten texts of thirty words in `folder`/data.txt."""
+    words = [f"w{i}" for i in range(90)]
+    source = folder / "source"
+    source.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(source)
+    torch.manual_seed(0)
+    BertModel(BertConfig(**BERT)).save_pretrained(source)
+    generator = torch.Generator().manual_seed(0)
+    texts = [" ".join(words[i] for i in torch.randint(0, 90, (30,), generator=generator)) for _ in range(10)]
+    (folder / "data.txt").write_text("\n\n".join(texts))
+    return source
 
 
 class Largest(TorchDispatchMode):

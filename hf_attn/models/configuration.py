@@ -11,6 +11,7 @@ import functools
 import importlib
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
@@ -24,6 +25,9 @@ STATIC = {"bert": "bert", "vit": "vit", "gpt2": "gpt2"}
 """Families with a file of their own, by model type."""
 GENERATED = ("roberta", "distilbert", "deit", "llama", "qwen2", "qwen3", "modernbert")
 """Further model types whose converted checkpoints load in a fresh process; any other after `register_family`."""
+
+OWN = {"gau": ("hf_attn.models.gau_config", "GauConfig")}
+"""Model types with a config class of their own, and where it lives."""
 
 
 VERSION = "hf_attn_version"
@@ -177,7 +181,22 @@ def register_family(model_type: str) -> type[PreTrainedConfig]:
 
 
 def announce_family(model_type: str) -> None:
-    """`register_family`, put off until a checkpoint of the family is loaded.
+    """`register_family`, put off until a checkpoint of the family is loaded."""
+    announce(f"attn_{model_type}", functools.partial(register_family, model_type))
+
+
+def announce_own() -> None:
+    """The families that stand in for no stock class, put off like the others."""
+    for model_type, (home, name) in OWN.items():
+
+        def load(home: str = home, name: str = name) -> type[PreTrainedConfig]:
+            return getattr(importlib.import_module(home), name)
+
+        announce(model_type, load)
+
+
+def announce(model_type: str, load: Callable[[], type[PreTrainedConfig]]) -> None:
+    """Let AutoConfig know `model_type`, whose config class `load` returns, without loading it now.
 
     AutoConfig is often imported in the middle of a stock config's own import, when its class cannot be derived from
     yet; so AutoConfig gets a stand-in that becomes the real class when it is asked for a config.
@@ -186,18 +205,18 @@ def announce_family(model_type: str) -> None:
 
     class StandIn(PreTrainedConfig):
         def __new__(cls, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-            return register_family(model_type)(*args, **kwargs)
+            return load()(*args, **kwargs)
 
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-            return register_family(model_type).from_dict(config_dict, **kwargs)
+            return load().from_dict(config_dict, **kwargs)
 
         @classmethod
         def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
-            return register_family(model_type).from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return load().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    StandIn.model_type = f"attn_{model_type}"
-    AutoConfig.register(StandIn.model_type, StandIn, exist_ok=True)
+    StandIn.model_type = model_type
+    AutoConfig.register(model_type, StandIn, exist_ok=True)
 
 
 def __getattr__(name: str) -> Any:

@@ -149,10 +149,12 @@ class VisionGridMixin:
 
     def forward(self, pixel_values: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         if pixel_values is not None and pixel_values.dim() == 4:
-            (_, _), prefix = token_grid(self)
-            rows, columns = _patch_size(self)
-            kwargs.setdefault("grid", (pixel_values.shape[-2] // rows, pixel_values.shape[-1] // columns))
-            kwargs.setdefault("num_prefix_tokens", prefix)
+            grid, prefix = token_grid(self)
+            # a model whose patches are not found has been told so when its mechanisms were attached
+            if grid is not None:
+                rows, columns = _patch_size(self)
+                kwargs.setdefault("grid", (pixel_values.shape[-2] // rows, pixel_values.shape[-1] // columns))
+                kwargs.setdefault("num_prefix_tokens", prefix)
         return super().forward(pixel_values, *args, **kwargs)
 
 

@@ -68,6 +68,18 @@ def test_other_families(model, mechanism, auto, tmp_path):
     assert publish(done.folder, REPO, vendored=True, dry_run=True).state == "dry run"
 
 
+def test_the_fidelity_goes_into_the_card(stock, tmp_path):
+    batches = [{"input_ids": torch.randint(1, 59, (2, 12)), "attention_mask": torch.ones(2, 12, dtype=torch.long)}]
+    done = convert_checkpoint(stock, "hypercube", tmp_path / "out", held_out=lambda model, folder: batches)
+    card = (done.folder / "README.md").read_text()
+    report = json.loads((done.folder / "fidelity.json").read_text())
+    assert f"| embedding cosine, 12 tokens | {report['lengths'][0]['embedding_cosine']:.4f} |" in card
+    assert "Compared with `bert` in float64 on 2 held-out examples." in card and "](fidelity.png)" in card
+    assert "was not measured" not in card
+    files = {file["path"] for file in publish(done.folder, REPO, dry_run=True).files}
+    assert {"fidelity.json", "fidelity.png"} <= files
+
+
 def test_the_seed_decides_what_is_drawn(stock, tmp_path):
     weights = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

@@ -36,6 +36,10 @@ _HOMES = {
         "AttnGPT2Config", "AttnGPT2DoubleHeadsModel", "AttnGPT2ForQuestionAnswering", "AttnGPT2ForSequenceClassification",
         "AttnGPT2ForTokenClassification", "AttnGPT2LMHeadModel", "AttnGPT2Model",
     ),
+    "hf_attn.models.gau": (
+        "GauConfig", "GauForCausalLM", "GauForImageClassification", "GauForMaskedLM", "GauForSequenceClassification",
+        "GauForTokenClassification", "GauModel",
+    ),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

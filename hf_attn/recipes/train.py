@@ -79,6 +79,8 @@ def train(config: str | os.PathLike[str], overrides: Mapping[str, Any] | None = 
     """
     from transformers import set_seed
 
+    from hf_attn.hub.probe import write_probe
+
     started = time.perf_counter()
     recipe = read(config, overrides)
     data_source = source(recipe.data.dataset)
@@ -104,6 +106,7 @@ def train(config: str | os.PathLike[str], overrides: Mapping[str, Any] | None = 
     (folder / "README.md").unlink(missing_ok=True)
     trained.save_pretrained(folder, state_dict=weights)
     processor.save_pretrained(folder)
+    write_probe(trained, folder)
     draw_curve(trainer.state.log_history, folder / CURVE, f"{recipe.name}: {len(data['train'])} training examples")
     difference = check_reload(trained, folder, raw["test"], data["test"], recipe.training.per_device_eval_batch_size)
     write_card(folder, recipe, data_source, {name: len(split) for name, split in data.items()}, trained, metrics)

@@ -6,6 +6,7 @@ Equal runs make equal cards: nothing here depends on time, machine or folder.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,15 @@ _ABOUT_THE_RUN = (
     "dataloader",
 )
 """Arguments, by how their names begin, that say where a run went (or have a place of their own), not what was trained."""
-_AUTO_CLASSES = {"image-classification": ("AutoModelForImageClassification", "AutoImageProcessor")}
+_AUTO_CLASSES = {
+    "fill-mask": ("AutoModelForMaskedLM", "AutoTokenizer", "fill-mask"),
+    "text-generation": ("AutoModelForCausalLM", "AutoTokenizer", "text-generation"),
+    "text-classification": ("AutoModelForSequenceClassification", "AutoTokenizer", "text-classification"),
+    "token-classification": ("AutoModelForTokenClassification", "AutoTokenizer", "token-classification"),
+    "image-classification": ("AutoModelForImageClassification", "AutoImageProcessor", "image-classification"),
+    "masked-image-modeling": ("AutoModelForMaskedImageModeling", "AutoImageProcessor", "image-feature-extraction"),
+}
+"""Task -> Auto class of the model and of its processor, and the pipeline that the Hub files it under."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,8 @@ class CardFacts:
         best_checkpoint: the validation split chose among checkpoints.
         notes: what a reader of the results must know.
         curve: file name of the training curve, beside the card; None for no picture.
+        samples: predictions, each with `given`, `expected` and `predicted`.
+        base_model: the checkpoint that training started from; empty for a model from scratch.
     """
 
     name: str
@@ -66,6 +77,8 @@ class CardFacts:
     best_checkpoint: bool
     notes: str
     curve: str | None
+    samples: Sequence[Any] = ()
+    base_model: str = ""
 
 
 def model_card(facts: CardFacts) -> ModelCard:
@@ -81,9 +94,10 @@ def model_card(facts: CardFacts) -> ModelCard:
             raise InvalidInput(f"metric {name}={value!r} is not a finite number, so a card cannot state it.")
     mechanisms = mechanisms_of(facts.config)
     task = facts.dataset.task
+    auto_model, auto_processor, pipeline = _AUTO_CLASSES[task]
     results = [
         EvalResult(
-            task_type=task,
+            task_type=pipeline,
             dataset_type=facts.dataset.name,
             dataset_name=facts.dataset.title,
             dataset_split="test",
@@ -97,12 +111,11 @@ def model_card(facts: CardFacts) -> ModelCard:
         model_name=facts.name,
         library_name="transformers",
         license="apache-2.0",
-        pipeline_tag=task,
+        pipeline_tag=pipeline,
         tags=["hf_attn", *dict.fromkeys(mechanism["name"] for mechanism in mechanisms)],
-        metrics=sorted({result.metric_type for result in results} & {"accuracy"}),
+        metrics=sorted({result.metric_type for result in results} & {"accuracy", "perplexity"}),
         eval_results=results,
     )
-    auto_model, auto_processor = _AUTO_CLASSES[task]
     text: dict[str, Any] = {
         "facts": facts,
         "repo": facts.repo_id or f"ORG/{facts.name}",
@@ -111,6 +124,13 @@ def model_card(facts: CardFacts) -> ModelCard:
         "settings": settings(facts.arguments),
         "scores": scores(facts.metrics),
         "versions": versions(),
+        "samples": [
+            {key: _cell(getattr(sample, key)) for key in ("given", "expected", "predicted")} for sample in facts.samples
+        ],
+        # a folder of one machine says nothing to a reader
+        "base_model": facts.base_model.rstrip("/").rpartition("/")[2]
+        if Path(facts.base_model).is_absolute()
+        else facts.base_model,
         "auto_model": auto_model,
         "auto_processor": auto_processor,
     }
@@ -199,6 +219,11 @@ def versions() -> list[tuple[str, str]]:
         ("transformers", transformers.__version__),
         ("torch", torch.__version__.partition("+")[0]),
     ]
+
+
+def _cell(text: str) -> str:
+    """Text that stays in one cell of a Markdown table."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def _plain(value: Any) -> str:

@@ -127,10 +127,6 @@ def model_card(facts: CardFacts) -> ModelCard:
         "samples": [
             {key: _cell(getattr(sample, key)) for key in ("given", "expected", "predicted")} for sample in facts.samples
         ],
-        # a folder of one machine says nothing to a reader
-        "base_model": facts.base_model.rstrip("/").rpartition("/")[2]
-        if Path(facts.base_model).is_absolute()
-        else facts.base_model,
         "auto_model": auto_model,
         "auto_processor": auto_processor,
     }

@@ -88,18 +88,22 @@ class Task:
         else:
             processor = train_tokenizer(texts_of(raw["train"]), source.tokenizer, recipe.data.vocab_size)
         special = {f"{role}_token_id": getattr(processor, f"{role}_token_id") for role in ("pad", "bos", "eos")}
-        length = recipe.data.max_length
-        if "answers" in (raw["train"].column_names or ()):
-            length = max(len(row) for split in raw.values() for row in split["tokens"])
+        length = longest(raw, recipe.data)
         return processor, {"vocab_size": len(processor), "max_position_embeddings": length, **special}
 
-    def check_vocabulary(self, config: PreTrainedConfig, processor: Any) -> None:
-        """Raise where the tokenizer makes tokens that the model does not know."""
-        size = None if self.images else config.vocab_size
-        if size is not None and len(processor) > size:
+    def check_sizes(self, config: PreTrainedConfig, processor: Any, length: int) -> None:
+        """Raise where the tokenizer makes tokens, or `max_length` positions, that the model does not know."""
+        if self.images:
+            return
+        if len(processor) > config.vocab_size:
             raise InvalidOption(
-                f"the tokenizer has {len(processor)} entries, but config.vocab_size={size}. Leave vocab_size out of config, or "
-                "name the tokenizer that belongs to the model."
+                f"the tokenizer has {len(processor)} entries, but config.vocab_size={config.vocab_size}. Leave vocab_size out "
+                "of config, or name the tokenizer that belongs to the model."
+            )
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and length > positions:
+            raise InvalidOption(
+                f"max_length={length} is more than the {positions} positions of the model. Set max_length: {positions}."
             )
 
     def check_columns(self, name: str, splits: Mapping[str, Any]) -> None:
@@ -196,6 +200,13 @@ TASKS = {
         ),
     )
 }
+
+
+def longest(raw: Mapping[str, Any], data: DataArguments) -> int:
+    """Tokens of the longest example: max_length, or what a generated set of tokens has."""
+    if "answers" in (raw["train"].column_names or ()):
+        return max(len(row) for split in raw.values() for row in split["tokens"])
+    return data.max_length
 
 
 def task_named(name: str) -> Task:

@@ -25,7 +25,7 @@ from hf_attn.recipes.data import Source, first_examples
 from hf_attn.recipes.data_hub import class_names, source_of
 from hf_attn.recipes.families import build_model, check_model, configure
 from hf_attn.recipes.reload import ReloadMismatch, check_reload
-from hf_attn.recipes.tasks import Setting, Task, task_named
+from hf_attn.recipes.tasks import Setting, Task, longest, task_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
@@ -116,7 +116,8 @@ def train(config: str | os.PathLike[str], overrides: Mapping[str, Any] | None = 
     if not trainer.is_world_process_zero():
         trainer.accelerator.wait_for_everyone()
         return None
-    trained = trainer.accelerator.unwrap_model(trainer.model)
+    # without the wrapper that computes in half precision: a model is saved, and used, in its own
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     folder = recipe.output / "model"
     # the card says that the model reloads to the same numbers, so an earlier run's must not outlive a failed check
     (folder / "README.md").unlink(missing_ok=True)
@@ -164,7 +165,7 @@ def prepare(recipe: Recipe) -> Prepared:
     labels = class_names(raw) if task.classes else []
     processor, fields = task.processor(recipe, source, raw)
     config = configure(recipe.model, labels, fields)
-    task.check_vocabulary(config, processor)
+    task.check_sizes(config, processor, longest(raw, recipe.data))
     setting = Setting(processor, config, recipe.data, recipe.training.seed, labels)
     data = task.prepare(raw, setting)
     model = build_model(recipe.model, config, task)
@@ -234,15 +235,24 @@ def write_card(
         dataset=prepared.source,
         split_sizes=sizes,
         split_seed=recipe.data.split_seed,
-        arguments=recipe.given,
+        arguments=without_folders(recipe.given),
         metrics=metrics,
         best_checkpoint=recipe.training.load_best_model_at_end,
         notes=recipe.data.notes,
         curve=CURVE,
         samples=samples,
-        base_model=recipe.model.model,
+        base_model=without_folders(recipe.model.model),
     )
     (folder / "README.md").write_text(str(model_card(facts)), encoding="utf-8")
+
+
+def without_folders(value: Any) -> Any:
+    """Arguments whose paths are names only: a folder of one machine says nothing to a reader."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_folders(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def pack_run(recipe: Recipe, folder: Path) -> Plan:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hf_attn.errors import InvalidInput, InvalidOption, near
+from hf_attn.recipes.launch import needs_cpu
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -124,8 +125,9 @@ def read(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = Non
     resume = values.get("resume_from_checkpoint")
     if resume is not None and not Path(resume).is_dir():
         raise InvalidInput(f"resume_from_checkpoint={resume!r} is not a folder. Give a checkpoint-N folder of a run.")
+    forced = {"use_cpu": True} if needs_cpu() else {}
     try:
-        model, data, training = HfArgumentParser(typing.cast(Any, kinds)).parse_dict(values)
+        model, data, training = HfArgumentParser(typing.cast(Any, kinds)).parse_dict({**values, **forced})
     except (TypeError, ValueError) as error:
         raise InvalidOption(f"{path}: transformers refuses the training arguments: {error}") from error
     return Recipe(name=output.name, output=output, model=model, data=data, training=training, given=values)

@@ -23,7 +23,8 @@ from hf_attn.recipes.arguments import Recipe, read
 from hf_attn.recipes.curve import draw_curve
 from hf_attn.recipes.data import Source, first_examples
 from hf_attn.recipes.data_hub import class_names, source_of
-from hf_attn.recipes.families import build_model, check_model, configure
+from hf_attn.recipes.families import build_model, check_model, configure, new_model
+from hf_attn.recipes.launch import shard_layers, shard_on_cpu
 from hf_attn.recipes.reload import ReloadMismatch, check_reload
 from hf_attn.recipes.tasks import Setting, Task, longest, task_named
 
@@ -116,8 +117,7 @@ def train(config: str | os.PathLike[str], overrides: Mapping[str, Any] | None = 
     if not trainer.is_world_process_zero():
         trainer.accelerator.wait_for_everyone()
         return None
-    # without the wrapper that computes in half precision: a model is saved, and used, in its own
-    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trained = whole_model(trainer, prepared.task, weights)
     folder = recipe.output / "model"
     # the card says that the model reloads to the same numbers, so an earlier run's must not outlive a failed check
     (folder / "README.md").unlink(missing_ok=True)
@@ -183,6 +183,7 @@ def make_trainer(recipe: Recipe, prepared: Prepared) -> Trainer:
     arguments = recipe.training
     if arguments.label_names is None:
         arguments.label_names = ["labels"]
+    shard_on_cpu(arguments)
     trainer = Trainer(
         model=prepared.model,
         args=arguments,
@@ -193,12 +194,23 @@ def make_trainer(recipe: Recipe, prepared: Prepared) -> Trainer:
         compute_metrics=prepared.task.objective.metrics,
         preprocess_logits_for_metrics=prepared.task.objective.sums,
     )
+    shard_layers(trainer)
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LiveLine())
     if hasattr(prepared.data["train"], "redraw"):
         trainer.add_callback(Redraw(prepared.data["train"]))
     return trainer
+
+
+def whole_model(trainer: Trainer, task: Task, weights: Mapping[str, Any]) -> PreTrainedModel:
+    """The trained model on one process; where it was sharded, a new one with the gathered weights."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        model = new_model(trainer.model.config, task)
+        model.load_state_dict(weights)
+        return model
+    # without the wrapper that computes in half precision: a model is saved, and used, in its own
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 def measure(trainer: Trainer, prepared: Prepared) -> dict[str, float]:

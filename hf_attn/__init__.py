@@ -36,6 +36,15 @@ _HOMES = {
         "AttnGPT2Config", "AttnGPT2DoubleHeadsModel", "AttnGPT2ForQuestionAnswering", "AttnGPT2ForSequenceClassification",
         "AttnGPT2ForTokenClassification", "AttnGPT2LMHeadModel", "AttnGPT2Model",
     ),
+    "hf_attn.models.gau": (
+        "GauConfig", "GauForCausalLM", "GauForImageClassification", "GauForMaskedLM", "GauForSequenceClassification",
+        "GauForTokenClassification", "GauModel",
+    ),
+    "hf_attn.mechanisms.convolutions": ("DeformableConv2d", "deform_conv2d"),
+    "hf_attn.models.aa_resnet": (
+        "AAResNetBackbone", "AAResNetConfig", "AAResNetForImageClassification", "AAResNetModel", "AugmentedConv2d",
+        "aa_resnet_from_resnet", "aa_resnet_stats",
+    ),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

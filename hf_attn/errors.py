@@ -49,6 +49,25 @@ class KernelUnavailable(HfAttnError, RuntimeError):
     """A backend was asked for by name and cannot run here."""
 
 
+class PublishFailed(HfAttnError, RuntimeError):
+    """Publishing stopped.
+
+    Attributes:
+        stage: what was being done.
+        reason: what went wrong there.
+        state: what the repository holds now.
+        remedy: what to do.
+        status: the HTTP status; None where there was no answer.
+    """
+
+    def __init__(self, stage: str, reason: str, state: str, remedy: str, status: int | None = None):
+        super().__init__(stage, reason, state, remedy, status)
+        self.stage, self.reason, self.state, self.remedy, self.status = stage, reason, state, remedy, status
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.reason}. {self.state}. {self.remedy}."
+
+
 def near(name: object, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest of `known`, or an empty string."""
     match = difflib.get_close_matches(str(name).lower(), list(known), n=1)

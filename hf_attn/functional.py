@@ -131,7 +131,7 @@ def log_kernel(log_query: Tensor, log_key: Tensor, visible: Tensor | None) -> tu
     return logits, visible
 
 
-def recomputed(function: Any, *arguments: Any) -> Tensor:
+def recomputed(function: Any, *arguments: Any) -> Any:
     """`function(*arguments)`; the backward pass computes it again instead of keeping its tables."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -1,7 +1,10 @@
 """Small models and calls that the tests build from the registry."""
 
+from pathlib import Path
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertModel, BertTokenizer
 
 import hf_attn
 from hf_attn.samples import DIM, GRID, HEADS, example_inputs, example_module  # noqa: F401  # tests take the sizes from here
@@ -19,6 +22,40 @@ def module_of(name: str, dtype=torch.float64, **options):
 def call_of(module, batch: int = 2, dtype=torch.float64, **changes):
     """query, key, value and the call arguments every call of this mechanism needs; `changes` as in `example_inputs`."""
     return example_inputs(module, batch=batch, dtype=dtype, **changes)
+
+
+CROSS = 2, 2, 7, 11, 4
+"""B, H, N, M, D of `cross_tokens`: cross-attention of odd lengths."""
+
+
+def normal(*shape, seed=4):
+    """Standard normal numbers, float64, the same every time."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def cross_tokens(queries=CROSS[2], keys=CROSS[3], grad=False):
+    """query, key and value; seeds 0 to 2."""
+    batch, heads, dim = CROSS[0], CROSS[1], CROSS[4]
+    lengths = enumerate((queries, keys, keys))
+    return [normal(batch, heads, n, dim, seed=s).requires_grad_(grad) for s, n in lengths]
+
+
+def cross_padding(keys=CROSS[3], seed=2):
+    """Some keys of every sample hidden: never the first, always the last."""
+    mask = torch.rand(CROSS[0], keys, generator=torch.Generator().manual_seed(seed)) > 0.4
+    mask[:, 0], mask[:, -1] = True, False
+    return mask
+
+
+def qkv(queries, keys=None, batch=3, **settings):
+    """query, key and value (batch, HEADS, length, DIM), float64, the same every time."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = (queries, keys or queries, keys or queries)
+    return [torch.randn(batch, HEADS, n, DIM, dtype=torch.float64, generator=generator, **settings) for n in sizes]
+
+
+def agree(a, b, tolerance=1e-10):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
 def part_of(call: dict, rows: slice, tokens: slice) -> dict:
@@ -65,6 +102,21 @@ def inputs_of(model, labels: bool = False) -> dict[str, torch.Tensor]:
     if labels:
         batch["labels"] = batch["input_ids"]
     return batch
+
+
+def text_checkpoint(folder: Path) -> Path:
+    """A small BERT with a tokenizer in `folder`/source, and ten texts of thirty words in `folder`/data.txt."""
+    words = [f"w{i}" for i in range(90)]
+    source = folder / "source"
+    source.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(source)
+    torch.manual_seed(0)
+    BertModel(BertConfig(**BERT)).save_pretrained(source)
+    generator = torch.Generator().manual_seed(0)
+    texts = [" ".join(words[i] for i in torch.randint(0, 90, (30,), generator=generator)) for _ in range(10)]
+    (folder / "data.txt").write_text("\n\n".join(texts))
+    return source
 
 
 class Largest(TorchDispatchMode):

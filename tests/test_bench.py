@@ -835,3 +835,22 @@ def test_the_script_passes_its_arguments_on(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", "rfaa"])
     assert script.main() == 1
     assert "UnknownMechanism: no attention mechanism is called 'rfaa'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gau", "flash_gau:chunk_size=8"])
+def test_two_units_are_verified_and_timed_against_a_block(name):
+    report = bench.run([name], [40], console=quiet(), **SMALL)
+    assert {(row.label, row.baseline) for row in report.rows} == {(name, "SDPA block"), (name, "causal SDPA block")}
+    assert all(row.status == "measured" and row.note == "float64 and float32 at 40" for row in report.rows)
+    assert "units=2" in report.rows[0].options
+
+
+def test_units_that_compute_something_else_are_refused(monkeypatch):
+    from hf_attn.models.gau import FlashGatedAttentionUnit
+
+    attend = FlashGatedAttentionUnit.attend
+    monkeypatch.setattr(FlashGatedAttentionUnit, "attend", lambda *a: (1.001 * attend(*a)[0], None))
+    row = measure(bench.UnitWorkload("flash_gau"), replace(CASE, causal=True), QUICK)
+    assert row.status == "refused" and "off by" in row.note and row.time is None
+    with pytest.raises(InvalidOption, match="chunk"):
+        bench.UnitWorkload("flash_gau", {"chunks": 3})

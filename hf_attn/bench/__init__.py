@@ -29,6 +29,7 @@ from hf_attn.bench.models import FAMILIES, ModelWorkload, checkpoint, title
 from hf_attn.bench.peers import PEERS, PeerWorkload
 from hf_attn.bench.report import Environment, OtherLoad, Report
 from hf_attn.bench.timing import Comparison, Spread, compare
+from hf_attn.bench.units import UNITS, UnitWorkload
 from hf_attn.bench.workload import DTYPES, Case, Contest, MechanismWorkload, Workload
 from hf_attn.errors import InvalidInput, InvalidOption, UnknownMechanism, Unsupported, near
 from hf_attn.kernels import missing_cuda
@@ -47,6 +48,7 @@ __all__ = [
     "Report",
     "Row",
     "Spread",
+    "UnitWorkload",
     "Workload",
     "cells",
     "compare",
@@ -76,11 +78,13 @@ class Kind:
 
 def _attention(names: Sequence[str] | None, model: str | None, layers: int) -> list[Workload]:
     found: list[Workload] = []
-    for text in [*list_mechanisms(), *PEERS] if names is None else names:
+    for text in [*list_mechanisms(), *UNITS, *PEERS] if names is None else names:
         name, options = parse_name(text)
-        if name not in PEERS:
+        if name in UNITS:
+            found.append(UnitWorkload(name, options))
+        elif name not in PEERS:
             if name not in list_mechanisms():
-                raise UnknownMechanism(name, [*list_mechanisms(), *PEERS])
+                raise UnknownMechanism(name, [*list_mechanisms(), *UNITS, *PEERS])
             found.append(MechanismWorkload(name, options))
         elif options:
             raise InvalidOption(f"{name} is another package: it takes no options here. Give the name alone.")
@@ -126,9 +130,9 @@ def run(
     """Verify, time and report attention mechanisms, alone or in whole models.
 
     Args:
-        names: mechanisms, each with options if wanted (`"rfa:num_features=64,redraw=fixed"`); for attention alone, names
-            of other packages too (see `PEERS`); for a checkpoint of hf_attn, "stored" for the mechanisms in it.
-            None: all of them.
+        names: mechanisms, each with options if wanted (`"rfa:num_features=64,redraw=fixed"`); for attention alone, pairs
+            of gated attention units ("gau", "flash_gau") and names of other packages too (see `PEERS`); for a checkpoint
+            of hf_attn, "stored" for the mechanisms in it. None: all of them.
         lengths: tokens. Default 512 to 4096 for attention, 128 for models.
         model: None compares attention alone with torch's scaled_dot_product_attention (causal with causal). "bert",
             "gpt2", "vit" (built from the sizes, random weights), a folder or a Hub id compares whole models.

@@ -21,6 +21,8 @@ import torch
 from hf_attn.bench.timing import Step
 
 MIB = 2**20
+_MMAP_THRESHOLD = -3
+"""glibc's M_MMAP_THRESHOLD; setting it also keeps it from growing."""
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -86,6 +88,7 @@ def _measure(step: Step, sender: Connection) -> None:
     try:
         # more would wait for OpenMP threads that were not forked
         torch.set_num_threads(1)
+        _give_back_what_is_freed()
         _return_free_memory()
         if _forget_peak():
             step()
@@ -116,6 +119,13 @@ def _forget_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def _give_back_what_is_freed() -> None:
+    """Keep large blocks out of the heap, whose holes depend on all that this process ever allocated."""
+    tune = getattr(ctypes.CDLL(None), "mallopt", None)
+    if tune is not None:
+        tune(_MMAP_THRESHOLD, 256 * 1024)
 
 
 def _return_free_memory() -> None:

@@ -4,7 +4,9 @@ import importlib
 
 from hf_attn.cli.common import app
 
-COMMANDS = ("list", "show", "train", "doctor", "bench", "nip", "version")
+COMMANDS = (
+    "list", "show", "train", "convert", "linearize", "fidelity", "publish", "doctor", "bench", "nip", "version",
+)  # fmt: skip
 """Modules of this package, in the order in which the help lists them."""
 
 for _name in COMMANDS:

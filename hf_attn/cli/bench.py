@@ -14,7 +14,11 @@ from hf_attn.cli.common import app
 def bench_command(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME[:KEY=VALUE,...]]...", help="Mechanisms or other packages.", show_default="all"),
+        typer.Argument(
+            metavar="[NAME[:KEY=VALUE,...]]...",
+            help="Mechanisms, gau, flash_gau, or other packages.",
+            show_default="all",
+        ),
     ] = None,
     lengths: Annotated[
         str | None, typer.Option(metavar="N,N,...", help="Tokens.", show_default="512,1024,2048,4096; a model: 128")

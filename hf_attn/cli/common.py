@@ -30,8 +30,8 @@ app = typer.Typer(
     cls=Commands,
     help="""Published attention mechanisms for Hugging Face models.
 
-    See what there is (list), read about one (show), train a model with it (train), check that this machine computes
-    it right (doctor) and how fast (bench).
+    See what there is (list), read about one (show), train a model with it (train), give it to a pretrained
+    model (linearize, fidelity), check that this machine computes it right (doctor) and how fast (bench).
 
     **A first session**
 
@@ -65,6 +65,31 @@ def key_values(words: list[str], form: str) -> dict[str, Any]:
         return parse_overrides(words)
     except InvalidOption as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def attention_spec(text: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The choice of attention in `text`: a mechanism, or YAML by layer; `options` belong to its default mechanism."""
+    import yaml
+
+    import hf_attn
+    from hf_attn.models.spec import canonical
+
+    # mechanisms register when the first public name is asked for
+    hf_attn.list_mechanisms()
+    try:
+        return canonical(yaml.safe_load(text), options)
+    except yaml.YAMLError as error:
+        raise typer.BadParameter(
+            f"--to {text!r} must be a mechanism, or like '{{default: softmax, 2-9: lara}}'."
+        ) from error
+
+
+def numbers(text: str, flag: str) -> list[int]:
+    """The positive numbers in `text`, N,N,...; anything else is wrong usage."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"{flag} {text!r} must be numbers, as in 64,128.")
+    return [int(word) for word in words]
 
 
 def print_json(value: Any) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_attn.capabilities import Capabilities
 from hf_attn.errors import InvalidInput
+from hf_attn.hub.card_check import check_card, is_repo_id
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -33,15 +34,64 @@ _ABOUT_THE_RUN = (
     "dataloader",
 )
 """Arguments, by how their names begin, that say where a run went (or have a place of their own), not what was trained."""
-_AUTO_CLASSES = {
-    "fill-mask": ("AutoModelForMaskedLM", "AutoTokenizer", "fill-mask"),
-    "text-generation": ("AutoModelForCausalLM", "AutoTokenizer", "text-generation"),
-    "text-classification": ("AutoModelForSequenceClassification", "AutoTokenizer", "text-classification"),
-    "token-classification": ("AutoModelForTokenClassification", "AutoTokenizer", "token-classification"),
-    "image-classification": ("AutoModelForImageClassification", "AutoImageProcessor", "image-classification"),
-    "masked-image-modeling": ("AutoModelForMaskedImageModeling", "AutoImageProcessor", "image-feature-extraction"),
+_TASKS = {
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMultipleChoice": "multiple-choice",
+    "AutoModel": "feature-extraction",
 }
-"""Task -> Auto class of the model and of its processor, and the pipeline that the Hub files it under."""
+"""Auto class -> the Hub's name of its task."""
+_AUTO_CLASSES = {
+    "fill-mask": ("fill-mask", "AutoModelForMaskedLM", "AutoTokenizer"),
+    "text-generation": ("text-generation", "AutoModelForCausalLM", "AutoTokenizer"),
+    "text-classification": ("text-classification", "AutoModelForSequenceClassification", "AutoTokenizer"),
+    "token-classification": ("token-classification", "AutoModelForTokenClassification", "AutoTokenizer"),
+    "image-classification": ("image-classification", "AutoModelForImageClassification", "AutoImageProcessor"),
+    "masked-image-modeling": ("image-feature-extraction", "AutoModelForMaskedImageModeling", "AutoImageProcessor"),
+}
+"""Task of a recipe -> the Hub's name of it, and the Auto classes of model and processor."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How closely a converted model follows its teacher.
+
+    Attributes:
+        teacher: what it was compared with.
+        data: on what.
+        rows: measure and value, as a reader sees them.
+        picture: file name of a plot beside the card.
+    """
+
+    teacher: str
+    data: str
+    rows: tuple[tuple[str, str], ...]
+    picture: str | None = None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measured speed. `rows` are (tokens, milliseconds, milliseconds of the baseline)."""
+
+    machine: str
+    baseline: str
+    command: str
+    rows: tuple[tuple[int, float, float], ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One result on a benchmark that is a dataset on the Hub; goes into `.eval_results/` as well."""
+
+    dataset_id: str
+    task_id: str
+    metric: str
+    value: float
+    notes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +103,7 @@ class CardFacts:
         repo_id: `owner/name` on the Hub; None while it is not known.
         config: the model's config, with its `attention`.
         parameters: number of parameters.
-        dataset: what it was trained on.
+        dataset: what it was trained on by a recipe; None for a checkpoint whose training is not known here.
         split_sizes: examples in each split.
         split_seed: seed of the split.
         arguments: the recipe's keys and values.
@@ -61,24 +111,33 @@ class CardFacts:
         best_checkpoint: the validation split chose among checkpoints.
         notes: what a reader of the results must know.
         curve: file name of the training curve, beside the card; None for no picture.
+        base_model: the checkpoint it was made from: an id on the Hub, or another name.
+        license: an id of the Hub's list; None where it is not known.
+        fidelity, speed: measured, or None.
+        evaluations: results on datasets of the Hub.
         samples: predictions, each with `given`, `expected` and `predicted`.
-        base_model: the checkpoint that training started from; empty for a model from scratch.
+        co2: grams of CO2 with their source, in the Hub's form (`emissions`, `source`, ...), where they were measured.
     """
 
     name: str
     repo_id: str | None
     config: Any
     parameters: int
-    dataset: Source
-    split_sizes: dict[str, int]
-    split_seed: int
-    arguments: dict[str, Any]
-    metrics: dict[str, float]
-    best_checkpoint: bool
-    notes: str
-    curve: str | None
+    dataset: Source | None = None
+    split_sizes: dict[str, int] = field(default_factory=dict)
+    split_seed: int = 0
+    arguments: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    best_checkpoint: bool = False
+    notes: str = ""
+    curve: str | None = None
+    base_model: str | None = None
+    license: str | None = "apache-2.0"
+    fidelity: Fidelity | None = None
+    speed: Speed | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+    co2: dict[str, Any] | None = None
     samples: Sequence[Any] = ()
-    base_model: str = ""
 
 
 def model_card(facts: CardFacts) -> ModelCard:
@@ -87,34 +146,29 @@ def model_card(facts: CardFacts) -> ModelCard:
     Raises:
         InvalidInput: a metric is not a finite number, or the config carries no mechanisms.
     """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
 
     for name, value in facts.metrics.items():
         if not math.isfinite(value):
             raise InvalidInput(f"metric {name}={value!r} is not a finite number, so a card cannot state it.")
     mechanisms = mechanisms_of(facts.config)
-    task = facts.dataset.task
-    auto_model, auto_processor, pipeline = _AUTO_CLASSES[task]
-    results = [
-        EvalResult(
-            task_type=pipeline,
-            dataset_type=facts.dataset.name,
-            dataset_name=facts.dataset.title,
-            dataset_split="test",
-            metric_type=name.removeprefix("test_"),
-            metric_value=round(value, 4),
-        )
-        for name, value in facts.metrics.items()
-        if name.startswith("test_")
-    ]
+    task, auto_model, auto_processor = usage(facts)
+    results = _results(facts)
+    known: dict[str, Any] = {
+        "license": facts.license,
+        "base_model": facts.base_model if facts.base_model and is_repo_id(facts.base_model) else None,
+        "co2_eq_emissions": facts.co2,
+    }
+    if known["base_model"]:
+        known["base_model_relation"] = "finetune"
     data = ModelCardData(
         model_name=facts.name,
         library_name="transformers",
-        license="apache-2.0",
-        pipeline_tag=pipeline,
+        pipeline_tag=task,
         tags=["hf_attn", *dict.fromkeys(mechanism["name"] for mechanism in mechanisms)],
-        metrics=sorted({result.metric_type for result in results} & {"accuracy", "perplexity"}),
-        eval_results=results,
+        metrics=sorted({result.metric_type for result in results} & {"accuracy", "perplexity"}) or None,
+        eval_results=results or None,
+        **{name: value for name, value in known.items() if value is not None},
     )
     text: dict[str, Any] = {
         "facts": facts,
@@ -130,7 +184,78 @@ def model_card(facts: CardFacts) -> ModelCard:
         "auto_model": auto_model,
         "auto_processor": auto_processor,
     }
-    return ModelCard.from_template(data, template_str=template_path().read_text(encoding="utf-8"), **text)
+    card = ModelCard.from_template(data, template_str=template_path().read_text(encoding="utf-8"), **text)
+    check_card(str(card))
+    return card
+
+
+def usage(facts: CardFacts) -> tuple[str | None, str, str]:
+    """Task, Auto class and Auto processor of the model."""
+    if facts.dataset is not None:
+        return _AUTO_CLASSES[facts.dataset.task]
+    from hf_attn.models.family import auto_heads
+
+    stock = str((getattr(facts.config, "architectures", None) or [""])[0]).removeprefix("Attn")
+    autos = [auto.__name__ for auto, head in auto_heads(type(facts.config).stock_class) if head.__name__ == stock]
+    auto = next((name for name in autos if name in _TASKS), autos[0] if autos else "AutoModel")
+    vision = getattr(facts.config, "image_size", None) is not None
+    return _TASKS.get(auto), auto, "AutoImageProcessor" if vision else "AutoTokenizer"
+
+
+def checkpoint_card(folder: Path, config: Any, repo_id: str, **known: Any) -> ModelCard:
+    """The card of a saved checkpoint about which only the folder is known; `known` are further fields of `CardFacts`."""
+    from safetensors import safe_open
+
+    parameters = 0
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    values: dict[str, Any] = {"license": None, **known}
+    return model_card(CardFacts(repo_id.rpartition("/")[2], repo_id, config, parameters, **values))
+
+
+def eval_results(facts: CardFacts) -> dict[str, str]:
+    """Path -> text of the files in which the Hub reads results now (`model-index` in the card is its older form)."""
+    import yaml
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    files: dict[str, list[Any]] = {}
+    for result in facts.evaluations:
+        entry = EvalResultEntry(result.dataset_id, result.task_id, round(result.value, 4), notes=result.notes)
+        files.setdefault(result.dataset_id.replace("/", "__"), []).append(entry)
+    return {
+        f".eval_results/{name}.yaml": yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+        for name, entries in files.items()
+    }
+
+
+def _results(facts: CardFacts) -> list[Any]:
+    """The `model-index` entries."""
+    from huggingface_hub import EvalResult
+
+    task = usage(facts)[0] or "feature-extraction"
+    measured = [
+        EvalResult(
+            task_type=task,
+            dataset_type=facts.dataset.name,
+            dataset_name=facts.dataset.title,
+            dataset_split="test",
+            metric_type=name.removeprefix("test_"),
+            metric_value=round(value, 4),
+        )
+        for name, value in facts.metrics.items()
+        if facts.dataset is not None and name.startswith("test_")
+    ]
+    return measured + [
+        EvalResult(
+            task_type=task,
+            dataset_type=result.dataset_id,
+            dataset_name=f"{result.dataset_id}, {result.task_id}",
+            metric_type=result.metric,
+            metric_value=round(result.value, 4),
+        )
+        for result in facts.evaluations
+    ]
 
 
 def template_path() -> Path:
@@ -144,12 +269,18 @@ def template_path() -> Path:
 
 
 def mechanisms_of(config: Any) -> list[dict[str, Any]]:
-    """For every mechanism in `config.attention`: its layers, record, options and capabilities, in order."""
+    """For every mechanism in `config.attention`: its layers, record, options and capabilities, in order.
+
+    None for a family with attention of its own.
+    """
     from hf_attn import get_mechanism
 
     attention = getattr(config, "attention", None)
     if not attention:
         raise InvalidInput(f"a {type(config).__name__} carries no attention mechanisms. Use a model of hf_attn.")
+    if isinstance(attention, str):
+        # a family whose attention is part of its layers, such as gau
+        return []
     found = []
     for layers, entry in attention.items():
         record = get_mechanism(entry["name"])

@@ -2,7 +2,8 @@
 
     out_i = sum_j R_ij x_j        R_ij = 0 beyond a distance
 
-The windows of neighbouring bands overlap in memory: they are read in place, and only their gradients are added up.
+The windows of neighbouring bands overlap in memory and are read in place. The gradient of x is a product with a banded
+matrix again, the transposed one.
 """
 
 from __future__ import annotations
@@ -85,17 +86,33 @@ class Bands(NamedTuple):
         self._places(buffer, groups).copy_(x[:, max(0, self.earlier - self.before) :])
         return buffer.as_strided((groups * self.number, self.span, features), (self.size * features, features, 1))
 
-    def fold(self, windows: Tensor) -> Tensor:
-        """(G*T,s,F) -> (G,n,F), the sum over the windows a token is in."""
+    def adjoint(self, weight: Tensor, grad: Tensor) -> Tensor:
+        """The transposed product, (G,T,c,s) weights and (G,m,F): (G,n,F).
+
+        Sources are cut into bands as well, each with its window of targets. Written out diagonal by diagonal, one buffer
+        holds the weights of both cuts: neither is copied, and nothing is added up.
+        """
+        groups, features = grad.shape[0], grad.shape[2]
         if self.number == 1:
-            return windows
-        bands, _, features = windows.shape
-        parts = -(-self.span // self.size)
-        buffer = windows.new_zeros(bands + parts - 1, self.size, features)
-        for part, piece in enumerate(windows.split(self.size, dim=1)):
-            buffer[part : part + bands, : piece.shape[1]] += piece
-        unread = max(0, self.earlier - self.before)
-        return functional.pad(self._places(buffer.flatten(0, 1), bands // self.number), (0, 0, unread, 0))
+            return torch.bmm(weight.flatten(0, 1).transpose(1, 2), grad)
+        size, span, row = self.size, self.span, self.span + self.size - 1
+        ahead = min(self.before, self.earlier)
+        lead = -(-ahead // size) * size
+        first, covered = lead + span - self.before - size, -(-self.targets // size) * size
+        bands = -(-(covered + (lead if groups == 1 else max(self.before, first))) // size)
+        places = groups * bands * size + span - size
+        # place of a target: `first` after that of the first source
+        targets = grad.new_zeros(places, features)
+        stride = bands * size
+        targets.as_strided(grad.shape, (stride * features, features, 1), first * features).copy_(grad)
+        diagonals = weight.new_zeros(places, row)
+        strides = (stride * row, size * row, row - 1, 1)
+        kept = covered // size
+        diagonals.as_strided((groups, kept, size, span), strides, first * row + size - 1).copy_(weight[:, :kept])
+        transposed = diagonals.as_strided((groups * bands, size, span), (size * row, 1, row - 1), span - 1)
+        windows = targets.as_strided((groups * bands, span, features), (size * features, features, 1))
+        out = torch.bmm(transposed, windows).view(groups, -1, features)
+        return functional.pad(out[:, lead - ahead : lead + self.targets], (0, 0, self.earlier - ahead, 0))
 
     def _places(self, buffer: Tensor, groups: int) -> Tensor:
         """The part of the buffer of all windows that holds tokens, (G,tokens,F)."""
@@ -118,7 +135,7 @@ class _BandProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight, x), bands = ctx.saved_tensors, ctx.bands
-        grad = functional.pad(grad, (0, 0, 0, bands.number * bands.size - bands.targets))
-        grad = grad.reshape(-1, bands.size, grad.shape[2])
-        to_weight = torch.bmm(grad, bands.windows(x).transpose(1, 2)).view_as(weight)
-        return to_weight, bands.fold(torch.bmm(weight.flatten(0, 1).transpose(1, 2), grad)), None
+        padded = functional.pad(grad, (0, 0, 0, bands.number * bands.size - bands.targets))
+        padded = padded.reshape(-1, bands.size, grad.shape[2])
+        to_weight = torch.bmm(padded, bands.windows(x).transpose(1, 2)).view_as(weight)
+        return to_weight, bands.adjoint(weight, grad), None

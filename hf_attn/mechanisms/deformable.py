@@ -16,6 +16,7 @@ sample only, so values without smooth structure give them no direction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -158,19 +159,22 @@ class DeformableConvolution(AttentionModule):
     def samples(self, call: Call) -> tuple[list[Tensor], Tensor | None]:
         """Where the taps sample, (B,N,T,G) for each axis, and their factors (B,N,T,G)."""
         options, sizes = self.options, self.sizes(call)
-        groups, device, taps = options.offset_groups, call.query.device, self.taps
+        groups, taps = options.offset_groups, self.taps
         source = self.tokens(call, options.predict_from).transpose(1, 2).unflatten(2, sizes)
         weight, bias = self.conv_offset.weight.to(source.dtype), self.conv_offset.bias.to(source.dtype)
         convolve = functional.conv2d if options.position_2d else functional.conv1d
         predicted = convolve(source, weight, bias, padding=self.padding, dilation=options.dilation).flatten(2)
         # (B,N,T,axes,G)
         offset = predicted[:, : groups * taps * self.axes].unflatten(1, (groups, taps, self.axes)).transpose(1, 4)
-        places = torch.unravel_index(torch.arange(offset.shape[1], device=device), sizes)
-        steps = torch.unravel_index(torch.arange(taps, device=device), (options.kernel_size,) * self.axes)
-        positions = []
-        for axis in range(self.axes):
-            tap = places[axis][:, None] - self.padding + steps[axis] * options.dilation
-            positions.append(tap[:, :, None] + offset[:, :, :, axis])
+        axes = self.axes
+        positions = tap_positions(
+            offset,
+            sizes,
+            (options.kernel_size,) * axes,
+            (1,) * axes,
+            (self.padding,) * axes,
+            (options.dilation,) * axes,
+        )
         if not options.modulated:
             return positions, None
         factor = predicted[:, groups * taps * self.axes :].sigmoid()
@@ -214,26 +218,65 @@ class DeformableConvolution(AttentionModule):
     def attend(self, call: Call) -> Tensor:
         """Weighted sums of the corners' rows in one pass, then one product a group."""
         positions, factor = self.samples(call)
-        corner = torch.zeros_like(positions[0], dtype=torch.long)[..., None]
-        weight = (torch.ones_like(positions[0]) if factor is None else factor)[..., None]
-        for position, size in zip(positions, self.sizes(call), strict=True):
-            low = position.detach().floor()
-            ends = torch.stack((low, low + 1), dim=-1)
-            share = torch.stack((1 - (position - low), position - low), dim=-1).where((ends >= 0) & (ends < size), 0)
-            # clamped as integers: a position that is not a number must not become a place in memory
-            corner = (corner[..., None] * size + ends.long().clamp(0, size - 1)[..., None, :]).flatten(-2)
-            weight = (weight[..., None] * share[..., None, :]).flatten(-2)
-        groups, (batch, tokens) = self.options.offset_groups, corner.shape[:2]
-        first = torch.arange(batch, device=corner.device)[:, None, None, None, None] * tokens
-        rows = (first + corner) * groups + torch.arange(groups, device=corner.device)[:, None]
-        value = self.tokens(call, "value").unflatten(2, (groups, -1)).flatten(0, 2)
-        sampled = functional.embedding_bag(
-            rows.flatten(0, 3), value, per_sample_weights=weight.flatten(0, 3), mode="sum"
-        )
-        sampled = sampled.view(batch * tokens, self.taps, self.groups, -1).permute(2, 0, 1, 3).flatten(2)
-        kernel = self.weight.to(sampled.dtype).flatten(2).unflatten(0, (self.groups, -1)).transpose(2, 3).flatten(2)
-        out = sampled @ kernel.transpose(1, 2)
-        return self.finish(call, out.transpose(0, 1).reshape(batch, tokens, -1))
+        value = self.tokens(call, "value").unflatten(2, (self.options.offset_groups, -1))
+        sampled = sample(value, positions, factor, self.sizes(call))
+        return self.finish(call, tap_products(sampled, self.weight))
+
+
+def tap_positions(
+    offset: Tensor,
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[Tensor]:
+    """Where the taps sample: (B,N,T,G) for each axis, in pixels of the sampled map.
+
+    Args:
+        offset: (B,N,T,axes,G), N = product of `sizes`, T = product of `kernel`.
+        sizes: the map of the result; one number an axis, like all that follow.
+    """
+    places = torch.unravel_index(torch.arange(offset.shape[1], device=offset.device), tuple(sizes))
+    steps = torch.unravel_index(torch.arange(offset.shape[2], device=offset.device), tuple(kernel))
+    positions = []
+    for axis, (place, step) in enumerate(zip(places, steps, strict=True)):
+        tap = place[:, None] * stride[axis] - padding[axis] + step * dilation[axis]
+        positions.append(tap[:, :, None] + offset[:, :, :, axis])
+    return positions
+
+
+def sample(value: Tensor, positions: list[Tensor], factor: Tensor | None, sizes: Sequence[int]) -> Tensor:
+    """(B,N,T,G,c) linear interpolation of `value` (B,M,G,c) at `positions` (B,N,T,G), 0 outside; times `factor`.
+
+    Args:
+        sizes: the map of `value`, M = their product, one axis for each of `positions`.
+    """
+    corner = torch.zeros_like(positions[0], dtype=torch.long)[..., None]
+    weight = (torch.ones_like(positions[0]) if factor is None else factor)[..., None]
+    for position, size in zip(positions, sizes, strict=True):
+        low = position.detach().floor()
+        ends = torch.stack((low, low + 1), dim=-1)
+        share = torch.stack((1 - (position - low), position - low), dim=-1).where((ends >= 0) & (ends < size), 0)
+        # clamped as integers: a position that is not a number must not become a place in memory
+        corner = (corner[..., None] * size + ends.long().clamp(0, size - 1)[..., None, :]).flatten(-2)
+        weight = (weight[..., None] * share[..., None, :]).flatten(-2)
+    batch, tokens, groups = value.shape[:3]
+    first = torch.arange(batch, device=value.device)[:, None, None, None, None] * tokens
+    rows = (first + corner) * groups + torch.arange(groups, device=value.device)[:, None]
+    sampled = functional.embedding_bag(
+        rows.flatten(0, 3), value.flatten(0, 2), per_sample_weights=weight.flatten(0, 3), mode="sum"
+    )
+    return sampled.view(*positions[0].shape, -1)
+
+
+def tap_products(sampled: Tensor, weight: Tensor) -> Tensor:
+    """(B,N,O): the samples (B,N,T,G,c) times the kernel (O, C/groups, ...), one product a group of the convolution."""
+    batch, tokens = sampled.shape[:2]
+    groups = sampled.shape[3] * sampled.shape[4] // weight.shape[1]
+    rows = sampled.reshape(batch * tokens, -1, groups, weight.shape[1]).permute(2, 0, 1, 3).flatten(2)
+    kernel = weight.to(sampled.dtype).flatten(2).unflatten(0, (groups, -1)).transpose(2, 3).flatten(2)
+    return (rows @ kernel.transpose(1, 2)).transpose(0, 1).reshape(batch, tokens, -1)
 
 
 def _hat(distance: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ without training, unless the keys and queries are short or clustered; sequences 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,11 +23,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from hf_attn.capabilities import Capabilities
 from hf_attn.errors import InvalidInput, Unsupported
-from hf_attn.functional import SummaryProjection
+from hf_attn.functional import SummaryProjection, recomputed
 from hf_attn.module import AttentionModule, Call
 from hf_attn.options import Options
 from hf_attn.registry import Mechanism, register
@@ -35,6 +35,8 @@ POOLS = ("pool", "pool-mixed", "pool-vmixed")
 FREE_POOLS = ("no-param-pool", "no-param-pool-mixed", "no-param-pool-vmixed")
 ALPHA_FLOOR = 1e-8
 """Smallest alpha of "mis-opt": its query-specific part can push the sum below zero."""
+RECOMPUTE_FROM = 2048
+"""Tokens from which the backward pass computes the tables of weights again instead of keeping them."""
 _NEGATIVE_INFINITY = float("-inf")
 
 
@@ -304,6 +306,7 @@ class LinearRandomizedAttention(AttentionModule):
             # a sample without landmarks runs unmasked and is cleared at the end: no infinities, forward or backward
             alive = mask[:, self.prefix(call) :].any(dim=1)[:, None]
             real = mask | ~alive
+        stage = _stage(call)
         q_bar, k_bar, valid = self.landmarks(call, real)
         mu = q_bar + k_bar
         w = self.sample(call, mu, self.noise(call))
@@ -314,41 +317,68 @@ class LinearRandomizedAttention(AttentionModule):
             log_density = log_density.masked_fill(~valid[:, :, None, None], _NEGATIVE_INFINITY)
         mixture = log_density.logsumexp(dim=-1)
 
-        log_key = (s * w.flatten(2, 3)) @ call.key.transpose(-1, -2) - s / 2 * call.key.square().sum(-1)[:, :, None]
-        if real is not None:
-            log_key = log_key.masked_fill(~real[:, None, None], _NEGATIVE_INFINITY)
-        f = log_key.softmax(dim=-1) @ call.value
+        f, log_mass = stage(_to_landmarks, s * w.flatten(2, 3), call.key, call.value, s, real)
         optimal = self.options.mis_type == "mis-opt"
-        bias = log_key.logsumexp(dim=-1).view_as(own) - (own if optimal else mixture)
+        bias = log_mass.view_as(own) - (own if optimal else mixture)
         if valid is not None:
             bias = bias.masked_fill(~valid[:, :, None], _NEGATIVE_INFINITY)
 
-        direction = w + mu[:, :, None] if self.options.mis_type == "mis-biased" else w
-        weight = q @ (s * direction.flatten(2, 3)).transpose(-1, -2) + bias.flatten(2)[:, :, None]
-        weight = weight.softmax(dim=-1)
+        direction = s * (w + mu[:, :, None] if self.options.mis_type == "mis-biased" else w).flatten(2, 3)
+        size = RECOMPUTE_FROM // 2 if call.queries >= RECOMPUTE_FROM else call.queries
+        queries: Any = zip(q.split(size, dim=2))
+        of_alpha: tuple[Any, ...] = ()
         if optimal:
-            # alpha as a factor of the weights, which it cannot underflow, instead of its logarithm
-            weight = weight * self.alpha(call, q_bar, (own - mixture).exp(), valid, real)
-            out = (weight @ f) / weight.sum(dim=-1, keepdim=True)
-        else:
-            out = weight @ f
+            competing = self._competing(call, real)
+            queries = zip(
+                q.split(size, dim=2), itertools.repeat(None) if competing is None else competing.split(size, dim=1)
+            )
+            of_alpha = (stage(self._log_total, call, q, q_bar, competing), q_bar, (own - mixture).exp(), valid)
+        out = torch.cat(
+            [stage(self._from_landmarks, call, f, direction, bias, of_alpha, *some) for some in queries], dim=2
+        )
         return out if mask is None else out.masked_fill(~alive[:, None, None], 0)
 
-    def alpha(self, call: Call, q_bar: Tensor, balance: Tensor, valid: Tensor | None, real: Tensor | None) -> Tensor:
+    def _competing(self, call: Call, real: Tensor | None) -> Tensor | None:
+        """(B,N) bool: the queries that share a landmark's specific part among them, None for all."""
+        prefix = self.prefix(call)
+        if not prefix:
+            return real
+        real = call.query.new_ones(call.batch, call.queries, dtype=torch.bool) if real is None else real
+        return real & (torch.arange(call.queries, device=real.device) >= prefix)
+
+    def _similarity(self, call: Call, query: Tensor, q_bar: Tensor, competing: Tensor | None) -> Tensor:
+        """(B,H,N,C) logits of the specific part of "mis-opt", minus infinity for queries that take no part."""
+        t = query @ (call.scale * q_bar).transpose(-1, -2)
+        return t if competing is None else t.masked_fill(~competing[:, None, :, None], _NEGATIVE_INFINITY)
+
+    def _log_total(self, call: Call, query: Tensor, q_bar: Tensor, competing: Tensor | None) -> Tensor:
+        return self._similarity(call, query, q_bar, competing).logsumexp(dim=2, keepdim=True)
+
+    def _from_landmarks(
+        self, call: Call, f: Tensor, direction: Tensor, bias: Tensor, of_alpha: tuple[Any, ...], query: Tensor,
+        competing: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The second stage: (B,H,N,D) of some queries, from f (B,H,J,D), what the landmarks found."""
+        weight = (query @ direction.transpose(-1, -2) + bias.flatten(2)[:, :, None]).softmax(dim=-1)
+        if not of_alpha:
+            return weight @ f
+        # alpha as a factor of the weights, which it cannot underflow, instead of its logarithm
+        weight = weight * self.alpha(call, query, competing, *of_alpha)
+        return (weight @ f) / weight.sum(dim=-1, keepdim=True)
+
+    def alpha(
+        self, call: Call, query: Tensor, competing: Tensor | None, log_total: Tensor, q_bar: Tensor, balance: Tensor,
+        valid: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """(B,H,N,J) weights of "mis-opt"; balance (B,H,repeats,C) is that of the balance heuristic, times repeats."""
-        prefix, repeats = self.prefix(call), balance.shape[2]
-        t = call.query[:, :, prefix:] @ (call.scale * q_bar).transpose(-1, -2)
-        if real is not None:
-            t = t.masked_fill(~real[:, None, prefix:, None], _NEGATIVE_INFINITY)
-        t = t.softmax(dim=2)
+        repeats = balance.shape[2]
+        t = (self._similarity(call, query, q_bar, competing) - log_total).exp()
         if valid is None:
             mean = t.mean(dim=-1, keepdim=True)
         else:
             shown = valid[:, :, None].to(t.dtype)
             mean = (t * shown).sum(dim=-1, keepdim=True) / shown.sum(dim=-1, keepdim=True)
         specific = t - mean
-        if prefix:
-            specific = functional.pad(specific, (0, 0, prefix, 0))
         if repeats > 1:
             specific = specific.repeat(1, 1, 1, repeats)
         balance = balance.flatten(2)[:, :, None] / repeats
@@ -357,10 +387,13 @@ class LinearRandomizedAttention(AttentionModule):
     def landmarks(self, call: Call, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Landmarks of queries and keys (B,H,C,D), and which have a real token, (B,1,C) bool; None for all."""
         q, k, v = call.query, call.key, None
-        if self.options.proposal_gen == "adaptive-1d":
-            q, k = self.q_bar_gen(q), self.k_bar_gen(k)
         mean, valid = self._mean(call, real)
-        q_bar, k_bar = mean(q), mean(k)
+        if self.options.proposal_gen == "adaptive-1d":
+            stage = _stage(call)
+            q_bar = stage(lambda x: mean(self.q_bar_gen(x)), q)
+            k_bar = stage(lambda x: mean(self.k_bar_gen(x)), k)
+        else:
+            q_bar, k_bar = mean(q), mean(k)
         if self.pools(call) and self.options.proposal_gen.endswith("vmixed"):
             v = mean(call.value)
         return (*self.refine(call, q_bar, k_bar, v, valid), valid)
@@ -388,6 +421,21 @@ class LinearRandomizedAttention(AttentionModule):
         patches = real[:, None, prefix:, None].to(dtype)
         count = total(patches)
         return lambda x: total(x[:, :, prefix:] * patches) / count.clamp(min=1), count.squeeze(-1) > 0
+
+
+def _stage(call: Call) -> Callable[..., Any]:
+    """How a stage is computed: long sequences keep none of its tables (B,H,N,J) for the backward pass."""
+    if call.queries >= RECOMPUTE_FROM:
+        return recomputed
+    return lambda function, *arguments: function(*arguments)
+
+
+def _to_landmarks(w: Tensor, key: Tensor, value: Tensor, scale: float, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The first stage: f (B,H,J,D) and log sum_m exp(s <w_j, k_m> - s |k_m|^2 / 2) (B,H,J). w (B,H,J,D) is scaled."""
+    log_key = w @ key.transpose(-1, -2) - scale / 2 * key.square().sum(-1)[:, :, None]
+    if real is not None:
+        log_key = log_key.masked_fill(~real[:, None, None], _NEGATIVE_INFINITY)
+    return log_key.softmax(dim=-1) @ value, log_key.logsumexp(dim=-1)
 
 
 def _span(cell: int, cells: int, length: int) -> tuple[int, int]:

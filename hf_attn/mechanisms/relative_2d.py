@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import one_hot, pad
 
 from hf_attn.capabilities import Capabilities
@@ -28,6 +29,9 @@ from hf_attn.kernels import flash
 from hf_attn.module import AttentionModule, Call
 from hf_attn.options import Options
 from hf_attn.registry import Mechanism, register
+
+TILE = 256
+"""Tokens up to which a CPU takes the relative logits of a head as one matrix, which stays in its caches."""
 
 
 @dataclass(frozen=True)
@@ -126,26 +130,75 @@ class Relative2dAttention(AttentionModule):
     # -- the efficient form ----------------------------------------------------------------------------------------
 
     def attend(self, call: Call) -> Tensor:
-        """Plain attention over D + rows + columns channels.
-
-        The relative logits of a query, one for every row and one for every column of keys, become channels of the
-        query, and the key marks its row and its column by ones. So any kernel adds them, and nothing N x N is stored.
-        """
-        prefix, (rows, columns) = call.num_prefix_tokens, _grid(call)
-        by_row, by_column = relative_logits(call.query[:, :, prefix:], *self.tables(call))
-        relative = pad(torch.cat((by_row, by_column), dim=-1), (0, 0, prefix, 0))
-        patch = torch.arange(rows * columns, device=call.query.device)
-        place = torch.cat((one_hot(patch // columns, rows), one_hot(patch % columns, columns)), dim=-1)
-        place = pad(place.to(call.key.dtype), (0, 0, prefix, 0)).expand(*call.key.shape[:2], -1, -1)
-        out = flash.attention(
-            torch.cat((call.query, relative), dim=-1),
-            torch.cat((call.key, place), dim=-1),
-            pad(call.value, (0, rows + columns)),  # kernels want values as wide as keys
+        return relative_attention(
+            call.query,
+            call.key,
+            call.value,
+            self.tables(call),
+            call.scale,
+            prefix=call.num_prefix_tokens,
             key_padding_mask=call.key_padding_mask,
-            scaling=call.scale,
             dropout=call.dropout,
         )
-        return out[..., : self.head_dim]
+
+
+def relative_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tables: tuple[Tensor, Tensor] | None,
+    scaling: float,
+    *,
+    prefix: int = 0,
+    key_padding_mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention on a grid with relative logits by row and column.
+
+    Few tokens on a CPU: the relative logits of a head are one matrix, which SDPA adds. Otherwise plain attention over
+    D + rows + columns channels: the relative logits of a query become channels of the query, and the key marks its row
+    and its column by ones. So any kernel adds them, and nothing N x N is stored.
+
+    Args:
+        query, key: (B,H,N,D). value: (B,H,N,E), E channels.
+        tables: (2 rows - 1, D) and (2 columns - 1, D); None = no relative logits.
+        scaling: factor of all logits.
+        prefix: tokens before the grid.
+        key_padding_mask: bool (B,N). dropout: probability of dropping a weight.
+
+    Returns:
+        (B,H,N,E). Without visible keys zeros.
+    """
+    if query.device.type == "cpu" and query.shape[2] <= TILE:
+        bias = None
+        if tables is not None:
+            height, columns_table = (table.to(query.dtype) for table in tables)
+            bias = pad(relative_bias(query[:, :, prefix:] * scaling, height, columns_table), (prefix, 0, prefix, 0))
+        if key_padding_mask is not None:
+            bias = query.new_zeros(()) if bias is None else bias
+            bias = torch.where(key_padding_mask[:, None, None], bias, float("-inf"))
+        return functional.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scaling)
+    width = value.shape[3]
+    if tables is not None:
+        height, columns_table = (table.to(query.dtype) for table in tables)
+        by_row, by_column = relative_logits(query[:, :, prefix:], height, columns_table)
+        rows, columns = by_row.shape[-1], by_column.shape[-1]
+        patch = torch.arange(rows * columns, device=query.device)
+        place = torch.cat((one_hot(patch // columns, rows), one_hot(patch % columns, columns)), dim=-1)
+        place = pad(place.to(key.dtype), (0, 0, prefix, 0)).expand(*key.shape[:2], -1, -1)
+        query = torch.cat((query, pad(torch.cat((by_row, by_column), dim=-1), (0, 0, prefix, 0))), dim=-1)
+        key = torch.cat((key, place), dim=-1)
+    # kernels want values as wide as keys
+    wide = max(width, query.shape[3])
+    query, key, value = (pad(x, (0, wide - x.shape[3])) for x in (query, key, value))
+    out = flash.attention(query, key, value, key_padding_mask=key_padding_mask, scaling=scaling, dropout=dropout)
+    return out[..., :width]
+
+
+def relative_bias(query: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """(B,H,N,N) relative logits of all pairs of patches, without the scaling. Arguments of `relative_logits`."""
+    by_row, by_column = relative_logits(query, height, width)
+    return (by_row[..., None] + by_column[..., None, :]).flatten(3)
 
 
 def relative_logits(query: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,8 +87,16 @@ class StateLayer(CacheLayerMixin):
         return sum(t.numel() * t.element_size() for t in (self.state or {}).values())
 
 
-def state_layer(cache: Cache | EncoderDecoderCache, layer_idx: int | None, mechanism: str) -> StateLayer:
-    """The `StateLayer` of `layer_idx` in `cache`, put in place of an untouched dynamic layer at the first call."""
+def state_layer(
+    cache: Cache | EncoderDecoderCache,
+    layer_idx: int | None,
+    mechanism: str,
+    layer_class: type[StateLayer] = StateLayer,
+) -> StateLayer:
+    """The `StateLayer` of `layer_idx` in `cache`, put in place of an untouched dynamic layer at the first call.
+
+    `layer_class` is the kind to put there.
+    """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     if layer_idx is None:
@@ -109,7 +117,7 @@ def state_layer(cache: Cache | EncoderDecoderCache, layer_idx: int | None, mecha
             f"layer {layer_idx} of the cache {holds}, and {mechanism} keeps a state of its own instead",
             "Start from an empty DynamicCache (cache_implementation=None)",
         )
-    cache.layers[layer_idx] = created = StateLayer()
+    cache.layers[layer_idx] = created = layer_class()
     return created
 
 

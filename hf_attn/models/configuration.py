@@ -9,17 +9,25 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from hf_attn.errors import Unsupported
+from hf_attn.errors import HfAttnError, InvalidOption, Unsupported
+from hf_attn.models.limits import check_stored
 
 Spec = dict[str, dict[str, Any]]
 STATIC = {"bert": "bert", "vit": "vit", "gpt2": "gpt2"}
 """Families with a file of their own, by model type."""
 GENERATED = ("roberta", "distilbert", "deit", "llama", "qwen2", "qwen3", "modernbert")
 """Further model types whose converted checkpoints load in a fresh process; any other after `register_family`."""
+
+OWN = {
+    "gau": ("hf_attn.models.gau_config", "GauConfig"),
+    "aa_resnet": ("hf_attn.models.aa_resnet_config", "AAResNetConfig"),
+}
+"""Model types with a config class of their own, and where it lives."""
 
 
 class AttnConfigMixin:
@@ -53,6 +61,30 @@ class AttnConfigMixin:
         if stored.get("model_type") == cls.stock_class.model_type:
             stored = {**stored, "model_type": cls.model_type}
         return stored, unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of a stored dict, without `auto_map`.
+
+        Raises:
+            InvalidOption: a field has a wrong type, or asks for more than any model has; nothing was built.
+        """
+        check_stored(config_dict)
+        if cls.__module__.startswith("hf_attn."):
+            # the code beside a checkpoint is for machines without this package; saving again must not point at it
+            config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except HfAttnError:
+            raise
+        except Exception as error:  # a stranger's config can go wrong in any place of the stock class
+            raise InvalidOption(f"config: {cls.__name__} cannot be made of it ({error}).") from error
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing for classes of the installed package, which need no code beside their checkpoints."""
+        if not cls.__module__.startswith("hf_attn."):
+            super().register_for_auto_class(auto_class)
 
     @property
     def _attn_implementation(self) -> str | None:
@@ -128,27 +160,42 @@ def register_family(model_type: str) -> type[PreTrainedConfig]:
 
 
 def announce_family(model_type: str) -> None:
-    """`register_family`, put off until a checkpoint of the family is loaded.
+    """`register_family`, put off until a checkpoint of the family is loaded."""
+    announce(f"attn_{model_type}", functools.partial(register_family, model_type))
+
+
+def announce_own() -> None:
+    """The families that stand in for no stock class, put off like the others."""
+    for model_type, (home, name) in OWN.items():
+
+        def load(home: str = home, name: str = name) -> type[PreTrainedConfig]:
+            return getattr(importlib.import_module(home), name)
+
+        announce(model_type, load)
+
+
+def announce(model_type: str, load: Callable[[], type[PreTrainedConfig]]) -> None:
+    """Let AutoConfig know `model_type`, whose config class `load` returns, without loading it now.
 
     AutoConfig is often imported in the middle of a stock config's own import, when its class cannot be derived from
-    yet; so AutoConfig gets a stand-in that becomes the real class when it is asked for a config.
+    yet.
     """
     from transformers.models.auto.configuration_auto import AutoConfig
 
     class StandIn(PreTrainedConfig):
         def __new__(cls, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-            return register_family(model_type)(*args, **kwargs)
+            return load()(*args, **kwargs)
 
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-            return register_family(model_type).from_dict(config_dict, **kwargs)
+            return load().from_dict(config_dict, **kwargs)
 
         @classmethod
         def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
-            return register_family(model_type).from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return load().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    StandIn.model_type = f"attn_{model_type}"
-    AutoConfig.register(StandIn.model_type, StandIn, exist_ok=True)
+    StandIn.model_type = model_type
+    AutoConfig.register(model_type, StandIn, exist_ok=True)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import output_capturing
 
-from hf_attn.errors import Unsupported
+from hf_attn.errors import InvalidInput, Unsupported
 from hf_attn.models.configuration import STATIC, AttnConfigMixin, attn_config, attn_config_class, register_family
 from hf_attn.models.spec import Spec, canonical
 from hf_attn.models.wrapping import attach, token_grid
@@ -62,6 +63,69 @@ class AttnModelMixin:
         """
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **save: Any,
+    ) -> Any:
+        """Publish the model with every check of `hf_attn.hub.publish`, in one commit that is verified afterwards.
+
+        Args:
+            repo_id: `owner/name`.
+            commit_message: title of the commit.
+            private: visibility of a new repository.
+            token: None or True; a token in an argument ends up in logs, so it comes from HF_TOKEN or `hf auth login`.
+            revision: branch.
+            create_pr: open a pull request instead.
+            save: arguments of save_pretrained.
+
+        Returns:
+            The commit, as transformers returns it.
+        """
+        if token not in (None, True):
+            raise InvalidInput(
+                "push_to_hub takes no token as an argument. Set HF_TOKEN, or log in with `hf auth login`."
+            )
+        from huggingface_hub import CommitInfo
+
+        # a model must not depend on the hub tools, and its copy in a checkpoint comes without them
+        try:
+            upload = importlib.import_module("hf_attn.hub.upload")
+        except ModuleNotFoundError as error:
+            raise Unsupported(
+                f"push_to_hub, {type(self).__name__}",
+                "the checks before an upload are part of the package hf_attn, which is not installed",
+                "Install it, or save the model and run `hf-attn publish` where it is",
+            ) from error
+        done = upload.publish(
+            self,
+            repo_id,
+            private=private,
+            revision=revision or "main",
+            create_pr=create_pr,
+            **({"message": commit_message} if commit_message else {}),
+            **save,
+        )
+        return CommitInfo(
+            commit_url=done.url,
+            commit_message=commit_message or "Publish with hf_attn",
+            commit_description="",
+            oid=done.commit,
+            pr_url=done.pull_request,
+        )
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing for classes of the installed package, which need no code beside their checkpoints."""
+        if not cls.__module__.startswith("hf_attn."):
+            super().register_for_auto_class(auto_class)
+
     def set_attn_implementation(
         self,
         attn_implementation: str | dict[str, Any],
@@ -85,10 +149,12 @@ class VisionGridMixin:
 
     def forward(self, pixel_values: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         if pixel_values is not None and pixel_values.dim() == 4:
-            (_, _), prefix = token_grid(self)
-            rows, columns = _patch_size(self)
-            kwargs.setdefault("grid", (pixel_values.shape[-2] // rows, pixel_values.shape[-1] // columns))
-            kwargs.setdefault("num_prefix_tokens", prefix)
+            grid, prefix = token_grid(self)
+            # a model whose patches are not found has been told so when its mechanisms were attached
+            if grid is not None:
+                rows, columns = _patch_size(self)
+                kwargs.setdefault("grid", (pixel_values.shape[-2] // rows, pixel_values.shape[-1] // columns))
+                kwargs.setdefault("num_prefix_tokens", prefix)
         return super().forward(pixel_values, *args, **kwargs)
 
 
@@ -154,7 +220,8 @@ def inherit_renaming(stock: str, ours: str) -> None:
 
 def _home(model_type: str) -> ModuleType:
     """The module the classes of a family live in: where pickle and a reader find them."""
-    name = f"hf_attn.models.{STATIC.get(model_type, 'generated')}"
+    # beside this file, wherever that is: a checkpoint may carry a copy of both
+    name = __name__.removesuffix("family") + STATIC.get(model_type, "generated")
     # a family's own file calls back here while it is being imported
     return sys.modules.get(name) or importlib.import_module(name)
 
@@ -168,14 +235,10 @@ def define_family(
     return [config_class.__name__, *(make_model(head, home).__name__ for head in heads)]
 
 
-@functools.cache
-def register_models(config_class: type[PreTrainedConfig]) -> None:
-    """Register the classes of a family with every Auto class that knows the stock family."""
-    from transformers.models.auto import modeling_auto, tokenization_auto
+def auto_heads(stock: type[PreTrainedConfig]) -> Iterator[tuple[Any, type[PreTrainedModel]]]:
+    """Every Auto class that knows the stock family, with the class it loads."""
+    from transformers.models.auto import modeling_auto
 
-    # transformers 5.17 hides this module from `from ... import` where torchvision is missing, and needs none itself
-    image_processing_auto = importlib.import_module("transformers.models.auto.image_processing_auto")
-    stock = config_class.stock_class
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)
         if not name.startswith("AutoModel") or mapping is None or stock not in mapping:
@@ -183,8 +246,20 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
         known = mapping[stock]
         for head in known if isinstance(known, (tuple, list)) else (known,):
             if head.config_class is stock:
-                auto.register(config_class, attn_class(head), exist_ok=True)
+                yield auto, head
                 break
+
+
+@functools.cache
+def register_models(config_class: type[PreTrainedConfig]) -> None:
+    """Register the classes of a family with every Auto class that knows the stock family."""
+    from transformers.models.auto import tokenization_auto
+
+    # transformers 5.17 hides this module from `from ... import` where torchvision is missing, and needs none itself
+    image_processing_auto = importlib.import_module("transformers.models.auto.image_processing_auto")
+    stock = config_class.stock_class
+    for auto, head in auto_heads(stock):
+        auto.register(config_class, attn_class(head), exist_ok=True)
     for mapping in (tokenization_auto.TOKENIZER_MAPPING, image_processing_auto.IMAGE_PROCESSOR_MAPPING):
         if stock in mapping:
             mapping.register(config_class, mapping[stock], exist_ok=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_attn.capabilities import Host, check_host
 from hf_attn.errors import InvalidOption, Unsupported
 from hf_attn.models.cache import state_layer
+from hf_attn.models.limits import check_memory
 from hf_attn.models.spec import Spec, per_layer
 from hf_attn.module import AttentionModule
 from hf_attn.registry import get_mechanism, with_capability
@@ -85,6 +86,7 @@ def attach(model: nn.Module, spec: Spec, pretrained: bool = False) -> Spec:
         )
     hosts = {path: host_of(model, path, module) for path, module in modules.items()}
     entries = per_layer(spec, max(host.layer_idx for host in hosts.values()) + 1)
+    check_memory([planned(host, entries[host.layer_idx]) for host in hosts.values()], model, type(model).__name__)
     built, filled = {}, {}
     for path, module in modules.items():
         host = hosts[path]
@@ -96,6 +98,20 @@ def attach(model: nn.Module, spec: Spec, pretrained: bool = False) -> Spec:
             module.__class__ = wrapped_class(type(module))
         module.mechanism = built[path]
     return {key: filled.get(id(entry), entry) for key, entry in spec.items()}
+
+
+def planned(host: Host, entry: dict[str, Any]) -> AttentionModule:
+    """The mechanism of one attention module without memory, to see how much it would take."""
+    mechanism = get_mechanism(entry["name"])
+    options = {k: v for k, v in entry.items() if k != "name"}
+    options |= mechanism.module_class.host_defaults(host, options)
+    parsed = mechanism.options_class.parse(**options)
+    check_host(mechanism.name, mechanism.module_class.describe(parsed), host, with_capability())
+    try:
+        with torch.device("meta"):
+            return mechanism.module_class(host.num_heads, host.head_dim, parsed)
+    except RuntimeError as error:
+        raise InvalidOption(f"{mechanism.name}: no module can be made with these options ({error}).") from error
 
 
 def build_for(

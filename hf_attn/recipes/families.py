@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from hf_attn.recipes.tasks import Task
 
-FAMILIES = {"bert": "AttnBertConfig", "vit": "AttnViTConfig", "gpt2": "AttnGPT2Config"}
+FAMILIES = {"bert": "AttnBertConfig", "vit": "AttnViTConfig", "gpt2": "AttnGPT2Config", "gau": "GauConfig"}
 """Family -> its config class in `hf_attn`. Any other model type of transformers works too if `convert` takes it."""
 
 
@@ -73,16 +73,25 @@ def configure(arguments: ModelArguments, labels: list[str], fields: dict[str, An
     )
     if arguments.model:
         return pretrained_config(arguments.model, names)
+    from hf_attn.models.configuration import AttnConfigMixin
+
     config_class = family_config(arguments.family)
     known = {*config_class.attribute_map, *(f.name for f in dataclasses.fields(config_class))}
     fields = {key: value for key, value in fields.items() if key in known}
+    mechanism: dict[str, Any] = {
+        "attn_implementation": arguments.attn_implementation or "softmax",
+        "attention_options": arguments.attention_options,
+    }
+    if not issubclass(config_class, AttnConfigMixin):
+        if arguments.attn_implementation or arguments.attention_options:
+            raise Unsupported(
+                f"family {arguments.family}",
+                "it has attention of its own, which attn_implementation cannot replace",
+                "Choose it with fields of config, and leave attn_implementation and attention_options out",
+            )
+        mechanism = {}
     return _refusing(
-        config_class.__name__,
-        lambda: config_class(
-            **{**fields, **names, **arguments.config},
-            attn_implementation=arguments.attn_implementation or "softmax",
-            attention_options=arguments.attention_options,
-        ),
+        config_class.__name__, lambda: config_class(**{**fields, **names, **arguments.config}, **mechanism)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 
@@ -30,12 +31,36 @@ def shard_on_cpu(arguments: Any) -> None:
 
 
 def shard_layers(trainer: Any) -> None:
-    """Let FSDP2 shard the model layer by layer, its embeddings apart.
+    """Let FSDP2 shard the model layer by layer, and what is tied as one piece.
 
-    accelerate would take BERT's embeddings as one more layer, and then fail to shard (or to tie) the word embeddings in
-    them. Call it after the Trainer is made, before it trains.
+    accelerate would take BERT's embeddings as one more layer, and shard its tied embeddings apart from the bias that is
+    tied to them; both fail. Such a model's embeddings and head stay in the outermost piece. Call it after the Trainer
+    is made, before it trains.
     """
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
-        names = trainer.model._no_split_modules or ()
+    if plugin is None:
+        return
+    model = trainer.model
+    if plugin.transformer_cls_names_to_wrap is None:
+        names = model._no_split_modules or ()
         plugin.transformer_cls_names_to_wrap = sorted(name for name in names if "Embedding" not in name)
+    if any(name.endswith("bias") for name in getattr(model, "all_tied_weights_keys", None) or ()):
+        trainer.accelerator.prepare = _without_embeddings(trainer.accelerator.prepare, model)
+
+
+def _without_embeddings(prepare: Callable[..., Any], model: Any) -> Callable[..., Any]:
+    """`prepare` for a model that says it has no embeddings while it is prepared."""
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        names = ("get_input_embeddings", "get_output_embeddings")
+        if model not in args:
+            return prepare(*args, **kwargs)
+        for name in names:
+            setattr(model, name, lambda: None)
+        try:
+            return prepare(*args, **kwargs)
+        finally:
+            for name in names:
+                delattr(model, name)
+
+    return prepared

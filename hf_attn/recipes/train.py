@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ReloadMismatch", "TrainResult", "check_model", "check_reload", "make_trainer", "prepare", "train"]
 CURVE = "training_curve.png"
+NOT_PACKED = (
+    "Not packed for the Hub: hf_attn.hub packs models with a mechanism of hf_attn in a family of transformers only."
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class TrainResult:
         metrics: the task's metrics and the loss on the validation and test splits.
         reload_difference: largest difference of test outputs, trained against reloaded; always 0.
         seconds: wall time of the run.
-        plan: the folder packed for the Hub.
+        plan: the folder packed for the Hub; None for a family that hf_attn.hub cannot pack, such as gau.
         auto_class: what the model was reloaded through.
         samples: predictions for the first test examples.
     """
@@ -56,7 +59,7 @@ class TrainResult:
     metrics: dict[str, float]
     reload_difference: float
     seconds: float
-    plan: Plan
+    plan: Plan | None
     auto_class: str
     samples: tuple[Sample, ...]
 
@@ -68,7 +71,7 @@ class TrainResult:
         )
         return (
             f"{shown}{numbers}\nreloaded through {self.auto_class}: largest difference of the test outputs "
-            f"{self.reload_difference:g}\n{self.seconds:.0f} s, saved in {self.model_dir}\n\n{self.plan}"
+            f"{self.reload_difference:g}\n{self.seconds:.0f} s, saved in {self.model_dir}\n\n{self.plan or NOT_PACKED}"
         )
 
 
@@ -107,6 +110,9 @@ def train(config: str | os.PathLike[str], overrides: Mapping[str, Any] | None = 
         InvalidOption, InvalidInput, Unsupported, UnknownMechanism: something in the configuration; nothing was trained.
         ReloadMismatch: the saved model is not the trained one.
     """
+    from hf_attn.hub.probe import write_probe
+    from hf_attn.models.configuration import AttnConfigMixin
+
     started = time.perf_counter()
     recipe = read(config, overrides)
     prepared = prepare(recipe)
@@ -117,12 +123,13 @@ def train(config: str | os.PathLike[str], overrides: Mapping[str, Any] | None = 
     if not trainer.is_world_process_zero():
         trainer.accelerator.wait_for_everyone()
         return None
-    trained = whole_model(trainer, prepared.task, weights)
+    trained = whole_model(trainer, prepared, weights)
     folder = recipe.output / "model"
     # the card says that the model reloads to the same numbers, so an earlier run's must not outlive a failed check
     (folder / "README.md").unlink(missing_ok=True)
     trained.save_pretrained(folder, state_dict=weights)
     prepared.setting.processor.save_pretrained(folder)
+    write_probe(trained, folder)
     history, names = trainer.state.log_history, prepared.task.objective.names
     draw_curve(history, folder / CURVE, f"{recipe.name}{_examples(prepared)}", names)
     difference = check_reload(
@@ -136,7 +143,7 @@ def train(config: str | os.PathLike[str], overrides: Mapping[str, Any] | None = 
     )
     samples = tuple(prepared.task.show(trained.eval(), prepared.setting, prepared.raw["test"], prepared.data["test"]))
     write_card(folder, recipe, prepared, trained, metrics, samples)
-    plan = pack_run(recipe, folder)
+    plan = pack_run(recipe, folder) if isinstance(trained.config, AttnConfigMixin) else None
     seconds = time.perf_counter() - started
     result = TrainResult(folder, metrics, difference, seconds, plan, prepared.task.auto_class, samples)
     trainer.accelerator.wait_for_everyone()
@@ -203,10 +210,10 @@ def make_trainer(recipe: Recipe, prepared: Prepared) -> Trainer:
     return trainer
 
 
-def whole_model(trainer: Trainer, task: Task, weights: Mapping[str, Any]) -> PreTrainedModel:
+def whole_model(trainer: Trainer, prepared: Prepared, weights: Mapping[str, Any]) -> PreTrainedModel:
     """The trained model on one process; where it was sharded, a new one with the gathered weights."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        model = new_model(trainer.model.config, task)
+        model: Any = new_model(prepared.model.config, prepared.task)
         model.load_state_dict(weights)
         return model
     # without the wrapper that computes in half precision: a model is saved, and used, in its own
@@ -254,6 +261,8 @@ def write_card(
         curve=CURVE,
         samples=samples,
         base_model=without_folders(recipe.model.model),
+        # a checkpoint's license goes on to what is made from it, and is not known here
+        license=None if recipe.model.model else "apache-2.0",
     )
     (folder / "README.md").write_text(str(model_card(facts)), encoding="utf-8")
 

@@ -175,7 +175,7 @@ def test_train_as_a_user_does(tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     done = process("train", tmp_path / "recipe.yaml", "--num_train_epochs=1")
     assert done.returncode == 0, done.stderr
-    assert "test accuracy" in done.stdout and "hf upload ORG/run" in done.stdout
+    assert "test accuracy" in done.stdout and "--repo-id ORG/run" in done.stdout
     assert json.loads((tmp_path / "run" / "hub" / "config.json").read_text())["hidden_size"] == 8
 
 

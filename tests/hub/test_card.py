@@ -1,13 +1,25 @@
 """Model cards: metadata the Hub can read, the mechanism's equation, and equal bytes for equal runs."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
 
 import hf_attn
 from hf_attn.errors import InvalidInput
-from hf_attn.hub.card import CardFacts, capability_rows, mechanisms_of, model_card, template_path
+from hf_attn.hub.card import (
+    CardFacts,
+    Evaluation,
+    Fidelity,
+    Speed,
+    capability_rows,
+    eval_results,
+    mechanisms_of,
+    model_card,
+    template_path,
+)
+from hf_attn.hub.card_check import check_card
 from hf_attn.recipes.data import DATASETS
 
 SIZES = {"image_size": 8, "patch_size": 2, "encoder_stride": 2, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}  # fmt: skip
@@ -121,3 +133,57 @@ def test_every_capability_has_a_row():
 
 def test_the_template_is_found():
     assert template_path().name == "template.md.jinja"
+
+
+EXTRA = {
+    "dataset": None,
+    "metrics": {},
+    "curve": None,
+    "base_model": "google-bert/bert-base-uncased",
+    "license": "apache-2.0",
+    "fidelity": Fidelity("the original", "20 sentences", (("mean cosine", "0.98"),), "fidelity.png"),
+    "speed": Speed("2 CPU cores", "torch's own attention", "hf-attn bench rfa", ((512, 2.0, 4.0),)),
+    "evaluations": (Evaluation("someone/bench", "test", "accuracy", 0.75, "zero-shot"),),
+    "co2": {"emissions": 3.5, "source": "codecarbon", "training_type": "fine-tuning"},
+}
+
+
+def test_the_card_of_a_converted_model():
+    known = facts(**EXTRA)
+    known.config.architectures = ["AttnViTForImageClassification"]
+    card = str(model_card(known))
+    front = front_of(card)
+    assert front["base_model"] == "google-bert/bert-base-uncased" and front["base_model_relation"] == "finetune"
+    assert front["co2_eq_emissions"] == EXTRA["co2"] and front["pipeline_tag"] == "image-classification"
+    assert front["model-index"][0]["results"][0]["metrics"] == [{"type": "accuracy", "value": 0.75}]
+    assert "made from `google-bert/bert-base-uncased`" in card and "trained from scratch" not in card
+    assert "| mean cosine | 0.98 |" in card and "](fidelity.png)" in card
+    assert "| 512 | 2.00 | 4.00 | 0.50 |" in card and "Measured on 2 CPU cores with `hf-attn bench rfa`" in card
+    assert "was not measured" not in card
+
+
+def test_what_is_not_known_is_said_and_not_left_open():
+    card = str(model_card(facts(**{**dict.fromkeys(EXTRA), "metrics": {}, "evaluations": ()})))
+    front = front_of(card)
+    assert not {"license", "base_model", "model-index", "metrics", "co2_eq_emissions"} & front.keys()
+    assert "license is not known" in card and "was not measured" in card
+    for heading in ("## Fidelity", "## Speed", "## Evaluation", "## Results"):
+        assert heading not in card
+
+
+def test_results_on_hub_datasets_go_into_their_own_file_as_well():
+    ((path, text),) = eval_results(facts(**EXTRA)).items()
+    assert path == ".eval_results/someone__bench.yaml"
+    (entry,) = yaml.safe_load(text)
+    assert entry["dataset"] == {"id": "someone/bench", "task_id": "test"} and entry["value"] == 0.75
+    assert entry["notes"] == "zero-shot"
+
+
+def test_a_base_model_in_a_local_folder_stays_out_of_the_metadata():
+    card = str(model_card(facts(**{**EXTRA, "base_model": "my model, not on the Hub"})))
+    assert "base_model" not in front_of(card)
+
+
+def test_the_committed_card_passes_its_own_rules():
+    for path in sorted((Path(__file__).parents[2] / "model_cards").glob("*.md")):
+        assert check_card(path.read_text(encoding="utf-8"))["tags"][0] == "hf_attn"

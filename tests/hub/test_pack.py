@@ -31,7 +31,7 @@ def test_packs_what_belongs_on_the_hub(folder, tmp_path):
     (folder / ".env").write_text("SECRET=1")
     (folder / "checkpoint-3").mkdir()
     plan = pack(folder, tmp_path / "hub", "someone/model")
-    names = {"README.md", "config.json", "model.safetensors", "manifest.json"}
+    names = {"README.md", "config.json", "model.safetensors", "manifest.json", "modeling_hf_attn.py"}
     assert {path.name for path in plan.folder.iterdir()} == names == {file["path"] for file in plan.files}
     assert set(plan.skipped) == {"notes.txt", ".env", "checkpoint-3/"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in plan.folder.iterdir()} == {0o644}
@@ -71,7 +71,7 @@ def test_the_plan_prints_a_table_and_one_command(folder, tmp_path):
     text = str(pack(folder, tmp_path / "my hub", "someone/model"))
     size = (folder / "model.safetensors").stat().st_size
     assert f"{size:,}" in text
-    assert text.splitlines()[-1].strip() == f"hf upload someone/model '{tmp_path / 'my hub'}' . --repo-type model"
+    assert text.splitlines()[-1].strip() == f"hf-attn publish '{tmp_path / 'my hub'}' --repo-id someone/model"
 
 
 def test_an_earlier_pack_is_replaced_and_nothing_else(folder, tmp_path):
@@ -166,3 +166,16 @@ def test_missing_parts_are_named(folder, tmp_path):
     (folder / "README.md").symlink_to(tmp_path / "card.md")
     with pytest.raises(InvalidInput, match="is a link"):
         pack(folder, tmp_path / "hub")
+
+
+def test_a_card_made_before_the_name_was_known_gets_it(folder, tmp_path):
+    (folder / "README.md").write_text('---\n---\nAutoModel.from_pretrained("ORG/my-model.v1")\n"ORGANISED/x"\n')
+    card = (pack(folder, tmp_path / "hub", "someone/model").folder / "README.md").read_text()
+    assert 'from_pretrained("someone/model")' in card and '"ORGANISED/x"' in card
+
+
+def test_a_card_that_the_hub_would_refuse_is_refused(folder, tmp_path):
+    (folder / "README.md").write_text("---\nscore: .nan\n---\n")
+    with pytest.raises(InvalidInput, match="score is nan"):
+        pack(folder, tmp_path / "hub")
+    assert list(tmp_path.iterdir()) == [folder], "nothing is left behind"

@@ -52,9 +52,10 @@ def test_the_product_is_that_of_the_whole_matrix(cut):
     assert found.number > 1 or cut[0] < 30 or cut[3] is None or cut[2] * cut[3] > 16
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_gradients(cut):
-    found, _, weight, x = case(*cut, groups=2)
+def test_gradients(cut, groups):
+    found, _, weight, x = case(*cut, groups=groups)
     x = x[..., :2].clone().requires_grad_()
     weight = weight.requires_grad_()
     assert torch.autograd.gradcheck(found.product, (weight, x), fast_mode=True)

@@ -1,10 +1,11 @@
 """relu2, laplace, softmax_plus: the invariants of the paper's page, the options, the refusals, the memory of the forms."""
 
+import functools
 import math
 
 import pytest
 import torch
-from helpers import DIM, HEADS, Largest, call_of, module_of
+from helpers import DIM, HEADS, Largest, agree, call_of, module_of, qkv
 
 import hf_attn
 from hf_attn import Host
@@ -15,14 +16,7 @@ every = pytest.mark.parametrize("name", NAMES)
 NORMS = ["ref", "length", "valid", "sqrt_s"]
 
 
-def close(a, b, tolerance=1e-12):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def qkv(queries=11, keys=None, batch=3, **settings):
-    generator = torch.Generator().manual_seed(5)
-    sizes = (queries, keys or queries, keys or queries)
-    return [torch.randn(batch, HEADS, n, DIM, dtype=torch.float64, generator=generator, **settings) for n in sizes]
+close = functools.partial(agree, tolerance=1e-12)
 
 
 def masks(keys: int) -> torch.Tensor:
@@ -39,9 +33,9 @@ def same_with_gradients(module, inputs, **call):
     for form in (module, module.naive):
         out = form(*inputs, **call)
         results.append((out, torch.autograd.grad((out * cotangent).sum(), leaves)))
-    close(results[0][0], results[1][0], 1e-10)
+    agree(results[0][0], results[1][0], 1e-10)
     for a, b in zip(results[0][1], results[1][1]):
-        close(a, b, 1e-8)
+        agree(a, b, 1e-8)
 
 
 # -- the invariants of the paper's page --------------------------------------------------------------------------------
@@ -59,7 +53,7 @@ def test_01_the_forms_agree(name, options, is_causal, padded, bias, monkeypatch)
         pytest.skip("refused: test_06")
     module = module_of(name, **{"n_ref": 3, **options}, rel_pos_bias=bias, max_position_embeddings=13)
     mask = masks(11) if padded else None
-    same_with_gradients(module, qkv(requires_grad=True), is_causal=is_causal, key_padding_mask=mask)
+    same_with_gradients(module, qkv(11, requires_grad=True), is_causal=is_causal, key_padding_mask=mask)
     if is_causal or not bias:
         same_with_gradients(module, qkv(6, 11, requires_grad=True), is_causal=is_causal, key_padding_mask=mask)
 
@@ -118,10 +112,10 @@ def test_08_the_bias_depends_on_the_distance_only():
     module = module_of("relu2", rel_pos_bias=True, max_position_embeddings=9)
     (q, k, v), _ = call_of(module)
     bias = module.bias(module._call(q[:, :, :9], k[:, :, :9], v[:, :, :9]))
-    close(bias, gau.toeplitz(module.rel_bias, 0, 9, 9), 0)
+    agree(bias, gau.toeplitz(module.rel_bias, 0, 9, 9), 0)
     for i in range(9):
         for j in range(9):
-            close(bias[:, i, j], module.rel_bias[:, j - i + 8], 0)
+            agree(bias[:, i, j], module.rel_bias[:, j - i + 8], 0)
 
 
 def test_09_laplace_touches_the_squared_relu():
@@ -133,7 +127,7 @@ def test_09_laplace_touches_the_squared_relu():
 
 
 def test_10_no_scores_give_no_output():
-    q, k, v = qkv()
+    q, k, v = qkv(11)
     assert not module_of("relu2")(torch.zeros_like(q), k, v).any()
 
 
@@ -161,7 +155,7 @@ def test_norms_meet_where_their_counts_do(name):
 
 @every
 def test_scaling_acts_relative_to_the_usual_one(name):
-    q, k, v = qkv()
+    q, k, v = qkv(11)
     module = module_of(name)
     close(module(q, k, v), module(q, k, v, scaling=DIM**-0.5))
     close(module(q, k, v, scaling=3 * DIM**-0.5), module(3 * q, k, v))
@@ -180,7 +174,7 @@ def test_softmax_plus_counts_sixteen_keys_at_least():
 
 @every
 def test_a_dense_mask_equals_the_padding_it_holds(name):
-    q, k, v = qkv()
+    q, k, v = qkv(11)
     module = module_of(name, rel_pos_bias=True)
     dense = masks(11)[:, None, None].expand(-1, 1, 11, -1)
     for is_causal in (False, True):

@@ -1,8 +1,10 @@
 """mixed_chunk: the invariants of the paper's page, every combination of options, the decoding state, the refusals."""
 
+import functools
+
 import pytest
 import torch
-from helpers import DIM, HEADS, Largest, module_of
+from helpers import DIM, HEADS, Largest, agree, module_of, qkv
 
 import hf_attn
 
@@ -16,14 +18,7 @@ OPTIONS = [
 options = pytest.mark.parametrize("given", OPTIONS, ids=lambda o: "-".join(map(str, o.values())) or "default")
 
 
-def close(a, b, tolerance=1e-12):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def qkv(queries=14, keys=None, batch=3, **settings):
-    generator = torch.Generator().manual_seed(5)
-    sizes = (queries, keys or queries, keys or queries)
-    return [torch.randn(batch, HEADS, n, DIM, dtype=torch.float64, generator=generator, **settings) for n in sizes]
+close = functools.partial(agree, tolerance=1e-12)
 
 
 def padding(keys: int) -> torch.Tensor:
@@ -50,15 +45,15 @@ def test_01_the_forms_agree(size, is_causal, queries, padded, given):
         out = form(*inputs, **call)
         gradients = torch.autograd.grad((out * cotangent).sum(), leaves, allow_unused=True)
         results.append((out, [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients)]))
-    close(results[0][0], results[1][0], 1e-10)
+    agree(results[0][0], results[1][0], 1e-10)
     for a, b in zip(results[0][1], results[1][1]):
-        close(a, b, 1e-8)
+        agree(a, b, 1e-8)
 
 
 @options
 @pytest.mark.parametrize("parts", [[1] * 14, [4, 4, 4, 2], [3, 6, 5], [13, 1], [14]])
 def test_02_decoding_equals_the_full_pass(parts, given):
-    module, (q, k, v), mask = module_of(NAME, chunk_size=4, **given), qkv(), padding(14)
+    module, (q, k, v), mask = module_of(NAME, chunk_size=4, **given), qkv(14), padding(14)
     for real in (None, mask):
         full = module(q, k, v, is_causal=True, key_padding_mask=real)
         state, results, sizes, start = None, [], set(), 0
@@ -74,7 +69,7 @@ def test_02_decoding_equals_the_full_pass(parts, given):
 
 
 def test_03_one_chunk_is_plain_attention_in_causal_order():
-    q, k, v = qkv()
+    q, k, v = qkv(14)
     close(module_of(NAME, chunk_size=14)(q, k, v, is_causal=True), module_of("softmax")(q, k, v, is_causal=True))
     for local in ("relu2", "laplace"):
         mixed = module_of(NAME, chunk_size=14, local_attention=local)
@@ -82,7 +77,7 @@ def test_03_one_chunk_is_plain_attention_in_causal_order():
 
 
 def test_04_chunks_of_one_token_leave_strictly_causal_linear_attention():
-    q, k, v = qkv()
+    q, k, v = qkv(14)
     past = torch.ones(14, 14, dtype=torch.float64).tril(-1)
     mean = past / past.sum(dim=1, keepdim=True).clamp(min=1)
     # a softmax over the token itself is 1
@@ -92,7 +87,7 @@ def test_04_chunks_of_one_token_leave_strictly_causal_linear_attention():
 @options
 @pytest.mark.parametrize("token", [7, 8, 9, 13])
 def test_05_changing_a_token_changes_no_bit_before_it(token, given):
-    module, (q, k, v) = module_of(NAME, torch.float32, chunk_size=4, **given), qkv()
+    module, (q, k, v) = module_of(NAME, torch.float32, chunk_size=4, **given), qkv(14)
     q, k, v = q.float(), k.float(), v.float()
     before = module(q, k, v, is_causal=True)
     for x in (q, k, v):
@@ -102,7 +97,7 @@ def test_05_changing_a_token_changes_no_bit_before_it(token, given):
 
 @options
 def test_06_a_prefix_gives_the_rows_of_the_whole(given):
-    module, (q, k, v) = module_of(NAME, chunk_size=4, **given), qkv()
+    module, (q, k, v) = module_of(NAME, chunk_size=4, **given), qkv(14)
     full = module(q, k, v, is_causal=True)
     for n in range(1, 14):
         close(module(*(x[:, :, :n] for x in (q, k, v)), is_causal=True), full[:, :, :n])
@@ -111,7 +106,7 @@ def test_06_a_prefix_gives_the_rows_of_the_whole(given):
 @options
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_07_padding_at_the_end_equals_cutting(is_causal, given):
-    module, (q, k, v) = module_of(NAME, chunk_size=4, **given), qkv()
+    module, (q, k, v) = module_of(NAME, chunk_size=4, **given), qkv(14)
     for n in range(1, 15):
         mask = (torch.arange(14) < n).expand(3, -1)
         alone = module(*(x[:, :, :n] for x in (q, k, v)), is_causal=is_causal)
@@ -119,7 +114,7 @@ def test_07_padding_at_the_end_equals_cutting(is_causal, given):
 
 
 def test_08_the_bias_depends_on_the_distance_within_a_chunk():
-    module, (q, k, v) = module_of(NAME, chunk_size=4, local_attention="relu2", rel_pos_bias=True), qkv()
+    module, (q, k, v) = module_of(NAME, chunk_size=4, local_attention="relu2", rel_pos_bias=True), qkv(14)
     local = module.attention_weights(torch.zeros_like(q), k, v)
     for i in range(14):
         for j in range(14):
@@ -128,7 +123,7 @@ def test_08_the_bias_depends_on_the_distance_within_a_chunk():
 
 
 def test_11_the_bidirectional_linear_part_knows_no_chunks_and_no_order():
-    q, k, v = qkv()
+    q, k, v = qkv(14)
     by_token = module_of(NAME, chunk_size=1)(q, k, v) - v
     close(by_token, module_of(NAME, chunk_size=14)(q, k, v) - module_of("softmax")(q, k, v))
     order = torch.randperm(14)
@@ -145,14 +140,14 @@ def test_12_bfloat16_stays_near_float32():
 
 
 def test_the_norms_differ_by_the_number_of_keys():
-    q, k, v = qkv()
+    q, k, v = qkv(14)
     mean, chunk = (module_of(NAME, chunk_size=7, linear_norm=n)(q, k, v) for n in ("mean", "chunk"))
     local = mean - q @ (k.transpose(-1, -2) @ v) / 14
     close(chunk, local + q @ (k.transpose(-1, -2) @ v) / 7)
 
 
 def test_learned_copies_that_copy_change_nothing():
-    module, (q, k, v) = module_of(NAME, chunk_size=4, offset_scale=True), qkv()
+    module, (q, k, v) = module_of(NAME, chunk_size=4, offset_scale=True), qkv(14)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.fill_(1.0 if "gamma" in name else 0.0)
@@ -160,7 +155,7 @@ def test_learned_copies_that_copy_change_nothing():
 
 
 def test_scaling_acts_within_chunks_only():
-    q, k, v = qkv()
+    q, k, v = qkv(14)
     module = module_of(NAME, chunk_size=4)
     close(module(q, k, v), module(q, k, v, scaling=DIM**-0.5))
     linear = q @ (k.transpose(-1, -2) @ v) / 14
@@ -182,7 +177,7 @@ def test_what_is_learned_and_how_it_starts():
 
 
 def test_the_state_is_selected_by_row():
-    module, (q, k, v) = module_of(NAME, chunk_size=4), qkv()
+    module, (q, k, v) = module_of(NAME, chunk_size=4), qkv(14)
     _, state = module.step(*(x[:, :, :6] for x in (q, k, v)), None)
     beams = torch.tensor([2, 0, 0])
     chosen = {n: t.index_select(0, beams) for n, t in state.items()}
@@ -191,7 +186,7 @@ def test_the_state_is_selected_by_row():
 
 
 def test_the_state_of_a_half_precision_model_sums_in_float32():
-    module, inputs = module_of(NAME, torch.bfloat16, chunk_size=4), [x.bfloat16() for x in qkv()]
+    module, inputs = module_of(NAME, torch.bfloat16, chunk_size=4), [x.bfloat16() for x in qkv(14)]
     out, state = module.step(*inputs, None)
     assert out.dtype == torch.bfloat16 and state["total"].dtype == torch.float32
 
@@ -202,7 +197,7 @@ def test_the_state_of_a_half_precision_model_sums_in_float32():
 @pytest.mark.parametrize("hidden", [slice(0, 1), slice(0, 13), slice(6, 7)])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_padding_before_real_tokens_is_refused(is_causal, hidden):
-    module, (q, k, v) = module_of(NAME, chunk_size=4), qkv()
+    module, (q, k, v) = module_of(NAME, chunk_size=4), qkv(14)
     mask = torch.ones(3, 14, dtype=torch.bool)
     mask[1, hidden] = False
     for form in (module, module.naive):
@@ -211,7 +206,7 @@ def test_padding_before_real_tokens_is_refused(is_causal, hidden):
 
 
 def test_compiled_code_refuses_it_too():
-    module, (q, k, v) = module_of(NAME, chunk_size=4), qkv()
+    module, (q, k, v) = module_of(NAME, chunk_size=4), qkv(14)
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     close(compiled(q, k, v, key_padding_mask=padding(14)), module(q, k, v, key_padding_mask=padding(14)))
     with pytest.raises(RuntimeError, match=f"{NAME}.*padding_side"):
@@ -219,7 +214,7 @@ def test_compiled_code_refuses_it_too():
 
 
 def test_a_real_token_after_padding_of_an_earlier_step_is_refused():
-    module, (q, k, v) = module_of(NAME, chunk_size=4), qkv()
+    module, (q, k, v) = module_of(NAME, chunk_size=4), qkv(14)
     start, rest = ([x[:, :, part] for x in (q, k, v)] for part in (slice(0, 6), slice(6, 14)))
     _, state = module.step(*start, None, key_padding_mask=padding(6))
     hidden = torch.tensor([True, False, False])[:, None].expand(-1, 8)

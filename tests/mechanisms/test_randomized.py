@@ -6,14 +6,14 @@ import itertools
 
 import pytest
 import torch
-from helpers import BERT, GPT2, Largest
+from helpers import BERT, CROSS, GPT2, Largest, agree, cross_padding, cross_tokens, normal
 from torch.nn import functional
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import hf_attn
 from hf_attn.errors import InvalidInput, InvalidOption, Unsupported
 
-B, H, N, M, D = 2, 2, 7, 11, 4
+B, H, N, M, D = CROSS
 PROPOSALS = ["sample", "expected", "uniform"]
 
 
@@ -21,36 +21,18 @@ def module(**options):
     return hf_attn.build("randomized", num_heads=H, head_dim=D, **options).double()
 
 
-def normal(*shape, seed=4):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def tokens(queries=N, keys=M, grad=False):
-    return [normal(B, H, n, D, seed=s).requires_grad_(grad) for s, n in enumerate((queries, keys, keys))]
-
-
-def padding(n=M, seed=2):
-    mask = torch.rand(B, n, generator=torch.Generator().manual_seed(seed)) > 0.4
-    mask[:, 0], mask[:, -1] = True, False
-    return mask
-
-
-def agree(a, b, tolerance=1e-10):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
-
 CALLS = {
     "self": {},
     "causal": {"is_causal": True},
     "causal offset": {"queries": N, "is_causal": True},
     "cross": {"queries": N},
-    "cross padding": {"queries": N, "key_padding_mask": padding()},
-    "causal padding": {"is_causal": True, "key_padding_mask": padding()},
+    "cross padding": {"queries": N, "key_padding_mask": cross_padding()},
+    "causal padding": {"is_causal": True, "key_padding_mask": cross_padding()},
     "dense": {"attention_mask": normal(B, H, M, M) > -0.5},
     "bias": {"attention_mask": normal(1, 1, M, M).masked_fill(normal(1, 1, M, M, seed=5) > 1, -float("inf"))},
     "bias padding causal": {
         "attention_mask": normal(B, H, M, M),
-        "key_padding_mask": padding(),
+        "key_padding_mask": cross_padding(),
         "is_causal": True,
     },
 }
@@ -58,7 +40,7 @@ CALLS = {
 
 def prepared(case, grad=False):
     call = dict(CALLS[case])
-    return tokens(call.pop("queries", M), grad=grad), call
+    return cross_tokens(call.pop("queries", M), grad=grad), call
 
 
 @pytest.mark.parametrize("case", CALLS)
@@ -94,8 +76,8 @@ def test_04_rows_are_convex_weights(proposal, case):
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_06_equal_keys_give_the_mean_of_the_visible_values(proposal):
-    q, k, v = tokens()
-    mask = padding()
+    q, k, v = cross_tokens()
+    mask = cross_padding()
     out = module(ra_proposal=proposal)(q, k[:, :, :1].expand_as(k), v, key_padding_mask=mask)
     mean = (v * mask[:, None, :, None]).sum(dim=2, keepdim=True) / mask.sum(dim=1)[:, None, None, None]
     agree(out, mean.expand_as(out), 1e-12)
@@ -123,7 +105,7 @@ def test_07_exact_noise_is_unbiased_and_nothing_else_is():
 
 def test_07_samples_average_to_an_eighth_of_the_variance():
     built = [module(ra_samples=s) for s in (1, 8)]
-    q, k, v = (x[:1, :1] for x in tokens(1, 5))
+    q, k, v = (x[:1, :1] for x in cross_tokens(1, 5))
     q, k, v = q.expand(B, H, 20_000, D), k.expand(B, H, -1, -1), v.expand(B, H, -1, -1)
     one, eight = (m(q, k, v).var(dim=2).mean() for m in built)
     assert 7 < one / eight < 9
@@ -131,13 +113,13 @@ def test_07_samples_average_to_an_eighth_of_the_variance():
 
 @pytest.mark.parametrize("proposal", ["expected", "uniform"])
 def test_09_permuting_the_keys_with_their_values_changes_nothing(proposal):
-    built, (q, k, v), order = module(ra_proposal=proposal).eval(), tokens(), torch.randperm(M)
+    built, (q, k, v), order = module(ra_proposal=proposal).eval(), cross_tokens(), torch.randperm(M)
     agree(built(q, k[:, :, order], v[:, :, order]), built(q, k, v), 1e-12)
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_10_evaluation_is_deterministic_and_a_seed_decides_training(proposal):
-    built, qkv = module(ra_proposal=proposal, ra_samples=2), tokens()
+    built, qkv = module(ra_proposal=proposal, ra_samples=2), cross_tokens()
     assert torch.equal(built.eval()(*qkv), built(*qkv))
     outs = []
     for seed in (1, 1, 2):
@@ -182,7 +164,7 @@ def test_hidden_keys_are_never_drawn(case):
 
 
 def test_evaluation_is_expected_without_noise_unless_something_is_given():
-    built, qkv = module(ra_samples=3).eval(), tokens()
+    built, qkv = module(ra_samples=3).eval(), cross_tokens()
     plain = built(*qkv)
     assert built.directions(built._call(*qkv)).shape[2] == 1, "the same sample three times is wasted work"
     agree(plain, module(ra_proposal="expected", noise_std="none").train()(*qkv), 1e-12)
@@ -194,7 +176,7 @@ def test_evaluation_is_expected_without_noise_unless_something_is_given():
 
 
 def test_noise_and_index_that_are_given_are_used_and_nothing_is_drawn():
-    qkv, index, noise = tokens(), torch.randint(M, (B, H, 2, N)), normal(B, H, 2, N, D)
+    qkv, index, noise = cross_tokens(), torch.randint(M, (B, H, 2, N)), normal(B, H, 2, N, D)
     built = module(ra_samples=2)
     agree(built(*qkv, noise=noise, key_index=index), built.eval()(*qkv, noise=noise, key_index=index), 0)
     quiet = module(ra_samples=2, noise_std="none")
@@ -220,7 +202,7 @@ def test_uniform_centres_on_the_mean_of_the_keys_each_query_sees():
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_padding_equals_removing_the_keys(proposal):
-    built, (q, k, v), mask = module(ra_proposal=proposal).eval(), tokens(), padding()
+    built, (q, k, v), mask = module(ra_proposal=proposal).eval(), cross_tokens(), cross_padding()
     noisy = [torch.where(mask[:, None, :, None], x, 50.0) for x in (k, v)]
     out = built(q, *noisy, key_padding_mask=mask)
     for b in range(B):
@@ -230,8 +212,8 @@ def test_padding_equals_removing_the_keys(proposal):
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_queries_without_keys_give_zeros_and_finite_gradients(proposal):
-    built, qkv = module(ra_proposal=proposal, ra_samples=2), tokens(M, grad=True)
-    mask, shown = padding(), torch.ones(1, 1, M, M, dtype=torch.bool)
+    built, qkv = module(ra_proposal=proposal, ra_samples=2), cross_tokens(M, grad=True)
+    mask, shown = cross_padding(), torch.ones(1, 1, M, M, dtype=torch.bool)
     mask[1], shown[..., 3, :] = False, False
     for call in ({"key_padding_mask": mask}, {"attention_mask": shown}, {"key_padding_mask": mask, "is_causal": True}):
         for form in (built, built.naive):
@@ -241,7 +223,7 @@ def test_queries_without_keys_give_zeros_and_finite_gradients(proposal):
 
 
 def test_the_same_noise_causal_with_fewer_queries_is_the_end_of_the_full_call():
-    built, qkv = module(ra_samples=2), tokens(M)
+    built, qkv = module(ra_samples=2), cross_tokens(M)
     noise, index = normal(B, H, 2, M, D), torch.zeros(B, H, 2, M, dtype=torch.int64)
     full = built(*qkv, noise=noise, key_index=index, is_causal=True)
     last = built(qkv[0][:, :, -4:], *qkv[1:], noise=noise[..., -4:, :], key_index=index[..., -4:], is_causal=True)
@@ -250,7 +232,7 @@ def test_the_same_noise_causal_with_fewer_queries_is_the_end_of_the_full_call():
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_long_vectors(proposal):
-    built, (q, k, v) = module(ra_proposal=proposal), tokens()
+    built, (q, k, v) = module(ra_proposal=proposal), cross_tokens()
     noise, index = normal(B, H, 1, N, D), torch.randint(M, (B, H, 1, N))
     given = {"noise": noise, **({"key_index": index} if proposal == "sample" else {})}
     for factor in (40, 1500):
@@ -261,7 +243,7 @@ def test_long_vectors(proposal):
 
 @pytest.mark.parametrize("proposal", ["expected", "uniform"])
 def test_no_matrix_of_all_pairs_is_stored_with_gradients_either(proposal):
-    built, qkv = module(ra_proposal=proposal), tokens(256, 256, grad=True)
+    built, qkv = module(ra_proposal=proposal), cross_tokens(256, 256, grad=True)
     with Largest() as largest:
         built(*qkv).sum().backward()
     assert largest.numel <= B * H * 256 * 8
@@ -294,12 +276,12 @@ def test_refused_options(options):
 )
 def test_refused_calls(options, call, error, match):
     with pytest.raises(error, match=match):
-        module(**options)(*tokens(), **call)
+        module(**options)(*cross_tokens(), **call)
 
 
 def test_decoding_needs_a_full_cache():
     with pytest.raises(Unsupported, match="randomized.*full cache"):
-        module().step(*tokens(M), None)
+        module().step(*cross_tokens(M), None)
 
 
 def test_models_take_it_by_name_and_generation_with_a_cache_equals_the_full_pass():

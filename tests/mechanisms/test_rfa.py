@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from helpers import CROSS, agree, cross_padding, cross_tokens, normal
 from torch.nn import functional
 
 import hf_attn
@@ -13,31 +14,13 @@ from hf_attn import functional as shared
 from hf_attn.errors import InvalidInput, InvalidOption, Unsupported
 from hf_attn.functional import random_directions
 
-B, H, N, M, D = 2, 2, 7, 11, 4
+B, H, N, M, D = CROSS
 MAPS = ["positive", "relu", "relu-only", "elu1"]
 
 
 def module(seed=0, **options):
     torch.manual_seed(seed)
     return hf_attn.build("rfa", num_heads=H, head_dim=D, **{"num_features": 6, **options}).double()
-
-
-def normal(*shape, seed=4):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def tokens(queries=N, keys=M, grad=False):
-    return [normal(B, H, n, D, seed=s).requires_grad_(grad) for s, n in enumerate((queries, keys, keys))]
-
-
-def padding(n=M, seed=2):
-    mask = torch.rand(B, n, generator=torch.Generator().manual_seed(seed)) > 0.4
-    mask[:, 0], mask[:, -1] = True, False
-    return mask
-
-
-def agree(a, b, tolerance=1e-10):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
 def features(built, x, scale=D**-0.5):
@@ -58,7 +41,7 @@ def features(built, x, scale=D**-0.5):
 
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_01_loops_equal_the_log_space_form(feature_map):
-    built, (q, k, v) = module(feature_map=feature_map).eval(), tokens()
+    built, (q, k, v) = module(feature_map=feature_map).eval(), cross_tokens()
     phi_q, phi_k = features(built, q), features(built, k)
     expected = torch.zeros_like(q)
     for b, h, n in itertools.product(range(B), range(H), range(N)):
@@ -70,7 +53,7 @@ def test_01_loops_equal_the_log_space_form(feature_map):
 
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_01_masked_equals_keys_removed(feature_map):
-    built, (q, k, v), mask = module(feature_map=feature_map).eval(), tokens(), padding()
+    built, (q, k, v), mask = module(feature_map=feature_map).eval(), cross_tokens(), cross_padding()
     noisy = [torch.where(mask[:, None, :, None], x, 50.0) for x in (k, v)]
     out = built(q, *noisy, key_padding_mask=mask)
     for b in range(B):
@@ -80,7 +63,7 @@ def test_01_masked_equals_keys_removed(feature_map):
 
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_01_causal_equals_the_recurrence(feature_map):
-    built, (q, k, v) = module(feature_map=feature_map).eval(), tokens(M)
+    built, (q, k, v) = module(feature_map=feature_map).eval(), cross_tokens(M)
     phi_q, phi_k = features(built, q), features(built, k)
     mass, total, outs = 0, 0, []
     for n in range(M):
@@ -98,9 +81,11 @@ def test_01_causal_equals_the_recurrence(feature_map):
 
 
 @pytest.mark.parametrize("feature_map", MAPS)
-@pytest.mark.parametrize("call", [{}, {"is_causal": True}, {"key_padding_mask": padding()}], ids=["", "causal", "pad"])
+@pytest.mark.parametrize(
+    "call", [{}, {"is_causal": True}, {"key_padding_mask": cross_padding()}], ids=["", "causal", "pad"]
+)
 def test_04_rows_are_convex_weights(feature_map, call):
-    built, (q, k, v) = module(feature_map=feature_map), tokens(M)
+    built, (q, k, v) = module(feature_map=feature_map), cross_tokens(M)
     weights = built.eval().attention_weights(q, k, v, **call)
     assert (weights >= 0).all()
     agree(weights.sum(-1), torch.ones_like(weights[..., 0]), 1e-12)
@@ -110,7 +95,7 @@ def test_04_rows_are_convex_weights(feature_map, call):
 
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_06_equal_keys_give_the_mean_of_the_values(feature_map):
-    (q, k, v), mask = tokens(), padding()
+    (q, k, v), mask = cross_tokens(), cross_padding()
     out = module(feature_map=feature_map)(q, k[:, :, :1].expand_as(k), v, key_padding_mask=mask)
     mean = (v * mask[:, None, :, None]).sum(dim=2, keepdim=True) / mask.sum(dim=1)[:, None, None, None]
     agree(out, mean.expand_as(out), 1e-12)
@@ -118,7 +103,7 @@ def test_06_equal_keys_give_the_mean_of_the_values(feature_map):
 
 @pytest.mark.parametrize("orthogonal", [False, True])
 def test_08_many_features_tend_to_softmax_for_short_vectors(orthogonal):
-    q, k, v = tokens()
+    q, k, v = cross_tokens()
     q, k = q / 2, k / 2
     exact = functional.scaled_dot_product_attention(q, k, v)
     many = module(num_features=200_000, orthogonal=orthogonal).eval()
@@ -128,7 +113,7 @@ def test_08_many_features_tend_to_softmax_for_short_vectors(orthogonal):
 
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_09_permuting_the_keys_with_their_values_changes_nothing(feature_map):
-    built, (q, k, v), order = module(feature_map=feature_map).eval(), tokens(), torch.randperm(M)
+    built, (q, k, v), order = module(feature_map=feature_map).eval(), cross_tokens(), torch.randperm(M)
     agree(built(q, k[:, :, order], v[:, :, order]), built(q, k, v), 1e-12)
 
 
@@ -136,7 +121,7 @@ def test_09_permuting_the_keys_with_their_values_changes_nothing(feature_map):
 
 
 def test_10_fresh_draws_in_training_only():
-    built, qkv = module(redraw="fresh"), tokens()
+    built, qkv = module(redraw="fresh"), cross_tokens()
     before = built.projection.clone()
     outs = []
     for seed in (1, 1, 2):
@@ -150,7 +135,7 @@ def test_10_fresh_draws_in_training_only():
 
 @pytest.mark.parametrize("redraw", ["fixed", "learnable"])
 def test_10_fixed_and_learnable_draw_once(redraw):
-    built, qkv = module(redraw=redraw), tokens()
+    built, qkv = module(redraw=redraw), cross_tokens()
     agree(built.train()(*qkv), built.eval()(*qkv), 0)
     assert set(dict(built.named_parameters())) == ({"projection"} if redraw == "learnable" else set())
     assert set(built.state_dict()) == {"projection"}
@@ -158,7 +143,7 @@ def test_10_fixed_and_learnable_draw_once(redraw):
 
 @pytest.mark.parametrize("feature_map", ["positive", "relu"])
 def test_learnable_directions_have_the_gradient_of_the_definition(feature_map):
-    built, qkv = module(redraw="learnable", feature_map=feature_map), tokens()
+    built, qkv = module(redraw="learnable", feature_map=feature_map), cross_tokens()
     weight = normal(B, H, N, D)
     efficient, naive = (
         torch.autograd.grad((form(*qkv) * weight).sum(), built.projection)[0] for form in (built, built.naive)
@@ -169,7 +154,7 @@ def test_learnable_directions_have_the_gradient_of_the_definition(feature_map):
 
 @pytest.mark.parametrize("given", [False, True])
 def test_a_state_keeps_the_directions_it_began_with(given):
-    built, (q, k, v), z = module(redraw="fresh").train(), tokens(M), normal(H, 6, D)
+    built, (q, k, v), z = module(redraw="fresh").train(), cross_tokens(M), normal(H, 6, D)
     torch.manual_seed(3)
     full = built(q, k, v, is_causal=True, **({"noise": z} if given else {}))
     torch.manual_seed(3)
@@ -209,7 +194,7 @@ def test_a_row_of_the_draw_is_standard_normal(orthogonal):
 
 
 def test_noise_stands_for_the_directions_of_one_call():
-    built, qkv, z = module(), tokens(), normal(H, 6, D)
+    built, qkv, z = module(), cross_tokens(), normal(H, 6, D)
     other = module(seed=1)
     assert not torch.equal(built.projection, other.projection)
     for mode in (True, False):
@@ -224,7 +209,7 @@ def test_noise_stands_for_the_directions_of_one_call():
 @pytest.mark.parametrize("feature_map", MAPS)
 @pytest.mark.parametrize("factor", [40, 1500])
 def test_long_vectors(feature_map, is_causal, factor):
-    built, (q, k, v) = module(feature_map=feature_map).eval(), tokens(M)
+    built, (q, k, v) = module(feature_map=feature_map).eval(), cross_tokens(M)
     q, k = factor * q, factor * k
     if feature_map == "positive":
         assert built.log_features(built._call(q, k, v))[1].amin() < -1000
@@ -234,7 +219,7 @@ def test_long_vectors(feature_map, is_causal, factor):
 
 
 def test_a_sample_without_keys_gives_zeros_and_finite_gradients():
-    qkv, mask = tokens(M, grad=True), padding()
+    qkv, mask = cross_tokens(M, grad=True), cross_padding()
     mask[1] = False
     for options in ({}, {"official_compat": True}):
         with torch.autograd.set_detect_anomaly(True):  # not on the way back either
@@ -266,17 +251,17 @@ def official(q, k, v, z, scale, mask=None):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("factor", [0.3, 1.0, 4.0])
 def test_official_compat_has_the_epsilon_and_the_clamp(masked, factor):
-    built, (q, k, v) = module(official_compat=True).eval(), tokens()
-    q, k, call = factor * q, factor * k, {"key_padding_mask": padding()} if masked else {}
+    built, (q, k, v) = module(official_compat=True).eval(), cross_tokens()
+    q, k, call = factor * q, factor * k, {"key_padding_mask": cross_padding()} if masked else {}
     expected = official(q, k, v, built.projection, D**-0.5, *call.values())
-    noisy = [torch.where(padding()[:, None, :, None], x, 50.0) for x in (k, v)] if masked else (k, v)
+    noisy = [torch.where(cross_padding()[:, None, :, None], x, 50.0) for x in (k, v)] if masked else (k, v)
     for form in (built, built.naive):
         agree(form(q, *noisy, **call), expected, 1e-12)
 
 
 def test_official_compat_gradients_and_weights():
-    built, qkv = module(official_compat=True, redraw="learnable"), tokens(grad=True)
-    mask, weight = padding(), normal(B, H, N, D)
+    built, qkv = module(official_compat=True, redraw="learnable"), cross_tokens(grad=True)
+    mask, weight = cross_padding(), normal(B, H, N, D)
     grads = [
         torch.autograd.grad((form(*qkv, key_padding_mask=mask) * weight).sum(), [*qkv, built.projection])
         for form in (built, built.naive)
@@ -290,7 +275,7 @@ def test_official_compat_gradients_and_weights():
 
 
 def test_official_compat_approaches_the_log_space_form_where_epsilon_is_small():
-    (q, k, v), z = tokens(), normal(H, 6, D)
+    (q, k, v), z = cross_tokens(), normal(H, 6, D)
     q, k = q / 10, k / 10
     plain, compat = module()(q, k, v, noise=z), module(official_compat=True)(q, k, v, noise=z)
     assert 1e-7 < (plain - compat).abs().max() < 1e-3
@@ -301,9 +286,9 @@ def test_official_compat_refuses_causal_order_and_decoding(keys):
     built = module(official_compat=True)
     assert not built.capabilities.causal and built.capabilities.decode == "none"
     with pytest.raises(Unsupported, match="rfa.*official_compat=True.*future"):
-        built(*tokens(keys=keys), is_causal=True)
+        built(*cross_tokens(keys=keys), is_causal=True)
     with pytest.raises(Unsupported, match="rfa.*official_compat"):
-        built.step(*tokens(N, N), None)
+        built.step(*cross_tokens(N, N), None)
 
 
 # -- options and refusals ----------------------------------------------------------------------------------------------
@@ -322,11 +307,11 @@ def test_refused_options(options):
 
 def test_refused_calls():
     with pytest.raises(InvalidInput, match=r"noise must be \(H,F,D\) = \(2,6,4\)"):
-        module()(*tokens(), noise=normal(H, 5, D))
+        module()(*cross_tokens(), noise=normal(H, 5, D))
     with pytest.raises(Unsupported, match="rfa.*elu1.*no random features"):
-        module(feature_map="elu1")(*tokens(), noise=normal(H, 6, D))
+        module(feature_map="elu1")(*cross_tokens(), noise=normal(H, 6, D))
     with pytest.raises(Unsupported, match="rfa.*N=7 queries and M=5 keys"):
-        module()(*tokens(keys=5), is_causal=True)
+        module()(*cross_tokens(keys=5), is_causal=True)
 
 
 @pytest.mark.parametrize("padded", [False, True])

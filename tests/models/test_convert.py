@@ -161,6 +161,15 @@ def test_what_cannot_be_wrapped_says_why():
         hf_attn.convert(stock("bert"), {"default": "softmax", "7": "rfa"})
 
 
+def test_a_vision_model_whose_grid_is_not_found_runs_as_a_sequence():
+    clip = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZE, **IMAGE)).double().eval()
+    pixels = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = clip(pixels).last_hidden_state
+        hf_attn.convert(clip, "softmax")
+        torch.testing.assert_close(clip(pixels).last_hidden_state, wanted)
+
+
 def test_t5_biases_are_refused_instead_of_dropped():
     t5 = transformers.T5EncoderModel(
         transformers.T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, vocab_size=9)

@@ -14,6 +14,7 @@ from hf_attn.recipes.train import make_trainer, prepare, train
 
 BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 2}
+GAU = {"hidden_size": 16, "num_hidden_layers": 2, "query_key_dim": 8}
 VIT = {"image_size": 8, "patch_size": 2, "encoder_stride": 2, **BERT}
 MQAR = {"dataset": "mqar", "dataset_options": {"train_examples": 40, "held_out_examples": 8, "length": 16, "num_pairs": 2, "vocab_size": 32}}  # fmt: skip
 LISTOPS = {"dataset": "listops", "dataset_options": {"train_examples": 40, "held_out_examples": 8}}
@@ -56,6 +57,13 @@ CASES = {
     "text-generation mqar": {"family": "gpt2", "config": GPT2, **MQAR},
     "text-classification": {"family": "bert", "config": BERT, **LISTOPS},
     "text-classification gpt2": {"family": "gpt2", "config": GPT2, **LISTOPS},
+    "fill-mask gau": {"family": "gau", "config": GAU, **PYDOC},
+    "text-generation gau": {"family": "gau", "config": GAU, **PYDOC},
+    "image-classification gau": {
+        "family": "gau",
+        "config": {**GAU, "image_size": 8, "patch_size": 2},
+        "dataset": "digits",
+    },
     "token-classification": {"family": "bert", "config": BERT, "vocab_size": 300},
     "image-classification": {"family": "vit", "config": VIT, "dataset": "digits"},
     "masked-image-modeling": {"family": "vit", "config": VIT, "dataset": "photos"},
@@ -80,8 +88,9 @@ def test_every_task_trains_reloads_and_shows_predictions(case, tmp_path):
     for sample in result.samples:
         assert sample.predicted in str(result)
     assert (result.model_dir / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (result.plan is None) == (recipe["family"] == "gau")
     if not task.images:
-        assert AutoTokenizer.from_pretrained(result.plan.folder).pad_token == "[PAD]"
+        assert AutoTokenizer.from_pretrained(result.model_dir).pad_token == "[PAD]"
 
 
 def test_the_table_covers_the_six_tasks():
@@ -189,6 +198,7 @@ def test_gradient_checkpointing_changes_no_gradient_of_a_random_mechanism(tmp_pa
         ({"config": {**BERT, "vocab_size": 10}}, InvalidOption, "config.vocab_size=10"),
         ({"config": {**BERT, "max_position_embeddings": 8}}, InvalidOption, "Set max_length: 8"),
         ({"attn_implementation": "ripple"}, Unsupported, "ripple"),
+        ({"family": "gau", "attn_implementation": "rfa", "config": GAU}, Unsupported, "has attention of its own"),
         ({"tokenizer": "nowhere/tokenizer"}, InvalidInput, "no tokenizer can be loaded"),
     ],
     ids=lambda value: ",".join(map(str, value)) if isinstance(value, dict) else "",

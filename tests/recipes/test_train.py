@@ -15,6 +15,7 @@ from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_attn.errors import InvalidInput, InvalidOption, UnknownMechanism, Unsupported
+from hf_attn.hub.check import PROBE
 from hf_attn.hub.pack import verify
 from hf_attn.recipes.arguments import parse_overrides, read
 from hf_attn.recipes.data import DATASETS, digits, to_pixels
@@ -54,9 +55,16 @@ def run(tmp_path_factory):
 
 def test_everything_a_model_needs_is_saved(run):
     files = {path.name for path in run.model_dir.iterdir()}
-    expected = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "training_curve.png"}
+    expected = {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "README.md",
+        "training_curve.png",
+        PROBE,
+    }
     assert files == expected
-    assert {path.name for path in run.plan.folder.iterdir()} == expected | {"manifest.json"}
+    assert {path.name for path in run.plan.folder.iterdir()} == expected | {"manifest.json", "modeling_hf_attn.py"}
     picture = (run.model_dir / "training_curve.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 5000
 
@@ -85,7 +93,7 @@ def test_the_card_states_the_metrics_of_the_run(run):
 
 def test_the_printed_result_names_the_upload_command(run):
     text = str(run)
-    assert f"hf upload ORG/run {run.plan.folder} . --repo-type model" in text
+    assert f"hf-attn publish {run.plan.folder} --repo-id ORG/run" in text
     assert "model.safetensors" in text and "test accuracy" in text
 
 
@@ -117,7 +125,7 @@ def test_accelerate_launches_the_script(tmp_path):
         capture_output=True, text=True, cwd=tmp_path, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "hf upload ORG/run" in done.stdout
+    assert "--repo-id ORG/run" in done.stdout
     assert "2/2" not in done.stdout and "4/4" in done.stderr, "the progress bar counts 2 epochs of 2 steps"
     config = json.loads((tmp_path / "run" / "hub" / "config.json").read_text())
     assert config["hidden_size"] == 8
@@ -134,7 +142,7 @@ def test_two_processes_train_the_same_model_as_one(tmp_path):
         capture_output=True, text=True, cwd=tmp_path, check=False, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("hf upload") == 1, "only the first process packs and prints"
+    assert done.stdout.count("hf-attn publish") == 1, "only the first process packs and prints"
     first, second = (load_file(folder / "run" / "model" / "model.safetensors") for folder in (one, two))
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-5, atol=1e-7, msg=name)

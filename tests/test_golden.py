@@ -22,7 +22,7 @@ REFUSED = [case for path in sorted(GOLDEN.glob("refused_*.json")) for case in js
 
 PENDING = {
     "dual_consistency",
-    "ssta", "dual_encoder", "population", "world_model",
+    "dual_encoder", "population", "world_model",
 }  # fmt: skip
 """Folders of cases whose mechanism or system is not written yet."""
 

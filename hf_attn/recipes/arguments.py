@@ -112,6 +112,7 @@ def read(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = Non
         _set(values, key, value)
     kinds = (ModelArguments, DataArguments, TrainingArguments)
     types_of = {name: hint for kind in kinds for name, hint in _hints(kind).items()}
+    types_of["resume_from_checkpoint"] = str | bool | None
     for key, value in values.items():
         if key not in types_of:
             raise InvalidOption(
@@ -123,8 +124,10 @@ def read(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = Non
         values[key] = _checked(key, value, types_of[key])
     output = _output(path, values.get("output_dir"))
     resume = values.get("resume_from_checkpoint")
-    if resume is not None and not Path(resume).is_dir():
-        raise InvalidInput(f"resume_from_checkpoint={resume!r} is not a folder. Give a checkpoint-N folder of a run.")
+    if isinstance(resume, str) and not Path(resume).is_dir():
+        raise InvalidInput(
+            f"resume_from_checkpoint={resume!r} is not a folder. Give a checkpoint-N folder of a run, or true for the newest."
+        )
     forced = {"use_cpu": True} if needs_cpu() else {}
     try:
         model, data, training = HfArgumentParser(typing.cast(Any, kinds)).parse_dict({**values, **forced})

@@ -182,16 +182,16 @@ def prepare(recipe: Recipe) -> Prepared:
 
 def make_trainer(recipe: Recipe, prepared: Prepared) -> Trainer:
     """A Trainer with the task's loss and metrics."""
-    from transformers import Trainer
     from transformers.trainer_callback import ProgressCallback
 
     from hf_attn.recipes.progress import LiveLine, Redraw
+    from hf_attn.recipes.safe_trainer import SafeTrainer
 
     arguments = recipe.training
     if arguments.label_names is None:
         arguments.label_names = ["labels"]
     shard_on_cpu(arguments)
-    trainer = Trainer(
+    trainer = SafeTrainer(
         model=prepared.model,
         args=arguments,
         train_dataset=prepared.data["train"],

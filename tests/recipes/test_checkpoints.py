@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hf_attn
 from hf_attn.errors import Unsupported
+from hf_attn.recipes.arguments import read
 from hf_attn.recipes.checkpoints import (
     MANIFEST,
     STATE,
@@ -30,6 +32,7 @@ from hf_attn.recipes.checkpoints import (
     write_manifest,
 )
 from hf_attn.recipes.safe_trainer import SafeTrainer
+from hf_attn.recipes.train import make_trainer, prepare
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 16}  # fmt: skip
@@ -406,6 +409,46 @@ def test_killed_processes_resume_to_the_same_weights(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "1 of 1 runs are equal" in done.stdout
     assert "| 1 | " in (tmp_path / "kill_resume.md").read_text()
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+RECIPE = {
+    "family": "bert", "attn_implementation": "rfa", "task": "fill-mask", "dataset": "pydoc", "max_length": 24, "vocab_size": 300,
+    "config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}, "max_examples": 12,
+    "num_train_epochs": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_steps": 2, "save_strategy": "steps",
+    "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False, "resume_from_checkpoint": True,
+}  # fmt: skip
+
+
+def recipe_trainer(folder):
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "output_dir": str(folder / "run")}))
+    recipe = read(path)
+    prepared = prepare(recipe)
+    masked = prepared.data["train"]
+    # one text is many blocks
+    masked.data = masked.data.select(range(12))
+    return make_trainer(recipe, prepared), recipe.training.resume_from_checkpoint
+
+
+def test_a_recipe_resumes_with_other_masks_in_every_epoch(tmp_path):
+    """fill-mask hides other tokens in every epoch."""
+    finals = []
+    for name, step in (("unbroken", None), ("broken", 5)):
+        folder = tmp_path / name
+        folder.mkdir()
+        if step:
+            trainer, resume = recipe_trainer(folder)
+            trainer.add_callback(At(step, stop))
+            with pytest.raises(Stop):
+                trainer.train(resume_from_checkpoint=resume)
+        trainer, resume = recipe_trainer(folder)
+        assert resume is True
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.global_step == 9
+        finals.append(trainer.model.state_dict())
+    assert equal(*finals)
 
 
 @pytest.mark.parametrize("name", ["push_to_hub", "enable_jit_checkpoint"])

@@ -22,7 +22,7 @@ REFUSED = [case for path in sorted(GOLDEN.glob("refused_*.json")) for case in js
 
 PENDING = {
     "dual_consistency",
-    "ssta", "dual_encoder", "population", "inversion", "world_model",
+    "ssta", "dual_encoder", "population", "inversion",
 }  # fmt: skip
 """Folders of cases whose mechanism or system is not written yet."""
 

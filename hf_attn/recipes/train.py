@@ -127,7 +127,7 @@ def train(config: str | os.PathLike[str], overrides: Mapping[str, Any] | None = 
     folder = recipe.output / "model"
     # the card says that the model reloads to the same numbers, so an earlier run's must not outlive a failed check
     (folder / "README.md").unlink(missing_ok=True)
-    trained.save_pretrained(folder, state_dict=weights)
+    trained.save_pretrained(folder)
     prepared.setting.processor.save_pretrained(folder)
     write_probe(trained, folder)
     history, names = trainer.state.log_history, prepared.task.objective.names

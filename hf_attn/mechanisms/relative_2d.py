@@ -155,7 +155,7 @@ def relative_attention(
 ) -> Tensor:
     """Attention on a grid with relative logits by row and column.
 
-    Few tokens on a CPU: the relative logits of a head are one matrix, which SDPA adds. Otherwise plain attention over
+    Up to TILE tokens on a CPU: the relative logits of a head are one matrix, which SDPA adds. Otherwise plain attention over
     D + rows + columns channels: the relative logits of a query become channels of the query, and the key marks its row
     and its column by ones. So any kernel adds them, and nothing N x N is stored.
 
@@ -172,8 +172,10 @@ def relative_attention(
     if query.device.type == "cpu" and query.shape[2] <= TILE:
         bias = None
         if tables is not None:
-            height, columns_table = (table.to(query.dtype) for table in tables)
-            bias = pad(relative_bias(query[:, :, prefix:] * scaling, height, columns_table), (prefix, 0, prefix, 0))
+            height, columns_table = (scaling * table.to(query.dtype) for table in tables)
+            bias = relative_bias(query[:, :, prefix:], height, columns_table)
+            if prefix:
+                bias = pad(bias, (prefix, 0, prefix, 0))
         if key_padding_mask is not None:
             bias = query.new_zeros(()) if bias is None else bias
             bias = torch.where(key_padding_mask[:, None, None], bias, float("-inf"))
@@ -197,8 +199,8 @@ def relative_attention(
 
 def relative_bias(query: Tensor, height: Tensor, width: Tensor) -> Tensor:
     """(B,H,N,N) relative logits of all pairs of patches, without the scaling. Arguments of `relative_logits`."""
-    by_row, by_column = relative_logits(query, height, width)
-    return (by_row[..., None] + by_column[..., None, :]).flatten(3)
+    by_row, by_column = _by_key(query, height, width)
+    return (by_row[..., None] + by_column[..., None, :]).flatten(4).flatten(2, 3)
 
 
 def relative_logits(query: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,17 +212,23 @@ def relative_logits(query: Tensor, height: Tensor, width: Tensor) -> tuple[Tenso
     Returns:
         (B,H,N,rows) and (B,H,N,columns). The relative logit of a pair is the sum of one number of each.
     """
-    rows, columns = (height.shape[0] + 1) // 2, (width.shape[0] + 1) // 2
-    patches = query.unflatten(2, (rows, columns))
-    by_row = torch.einsum("bhyxd,ykd->bhyxk", patches, height[_displacement(rows, query.device)])
-    by_column = torch.einsum("bhyxd,xkd->bhyxk", patches, width[_displacement(columns, query.device)])
+    by_row, by_column = _by_key(query, height, width)
     return by_row.flatten(2, 3), by_column.flatten(2, 3)
 
 
-def _displacement(length: int, device: torch.device) -> Tensor:
-    """(length, length) places in a table of 2 length - 1 entries: key - query + length - 1."""
-    place = torch.arange(length, device=device)
-    return place - place[:, None] + length - 1
+def _by_key(query: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """`relative_logits` as (B,H,rows,columns,rows) and (B,H,rows,columns,columns).
+
+    Views of one product with both tables: where a query moves by one, the window into its displacements moves back by one.
+    """
+    rows, columns = (height.shape[0] + 1) // 2, (width.shape[0] + 1) // 2
+    # a product is a new tensor, so its first number is the first of its storage
+    displaced = (query @ torch.cat((height, width)).T).contiguous()
+    sample, head, patch, _ = displaced.stride()
+    shape, row = (*query.shape[:2], rows, columns), columns * patch
+    by_row = displaced.as_strided((*shape, rows), (sample, head, row - 1, patch, 1), rows - 1)
+    start = height.shape[0] + columns - 1
+    return by_row, displaced.as_strided((*shape, columns), (sample, head, row, patch - 1, 1), start)
 
 
 def _centre(table: Tensor, length: int) -> Tensor:

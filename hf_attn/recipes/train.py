@@ -96,8 +96,10 @@ class Prepared:
     model: PreTrainedModel
 
 
-def train(config: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> TrainResult | None:
-    """Run the recipe in the YAML file `config`.
+def train(
+    config: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> TrainResult | None:
+    """Run the recipe in the YAML file, or dict, `config`.
 
     Args:
         config: keys are the fields of ModelArguments, DataArguments and transformers.TrainingArguments.

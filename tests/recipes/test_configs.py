@@ -22,6 +22,7 @@ TINY = {
     "samples": 1, "disable_tqdm": True,
 }  # fmt: skip
 SMALL = {
+    "gau": {"config.hidden_size": 16, "config.num_hidden_layers": 1, "config.query_key_dim": 8},
     "bert": {"config.hidden_size": 16, "config.num_hidden_layers": 1, "config.num_attention_heads": 2, "config.intermediate_size": 16},
     "gpt2": {"config.n_embd": 16, "config.n_layer": 1, "config.n_head": 2},
     "vit": {"config.hidden_size": 16, "config.num_hidden_layers": 2, "config.num_attention_heads": 2, "config.intermediate_size": 16},

@@ -98,8 +98,8 @@ class Recipe:
     given: dict[str, Any]
 
 
-def read(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe in a YAML file, with `overrides` (dotted keys reach into dicts) on top.
+def read(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe in a YAML file, or in a dict, with `overrides` (dotted keys reach into dicts) on top.
 
     Raises:
         InvalidInput: a path does not exist or cannot be used.
@@ -107,7 +107,8 @@ def read(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = Non
     """
     from transformers import HfArgumentParser, TrainingArguments
 
-    values = _load(Path(path))
+    path = "the recipe" if isinstance(source, Mapping) else source
+    values = dict(source) if isinstance(source, Mapping) else _load(Path(source))
     for key, value in (overrides or {}).items():
         _set(values, key, value)
     kinds = (ModelArguments, DataArguments, TrainingArguments)
@@ -203,7 +204,7 @@ def _output(path: str | os.PathLike[str], output_dir: str | None) -> Path:
     """The output folder, which can be written; it need not exist yet."""
     if not output_dir:
         raise InvalidInput(
-            f"{path}: output_dir is missing. Say where the run goes, such as output_dir: runs/{Path(path).stem}."
+            f"{path}: output_dir is missing. Say where the run goes, such as output_dir: runs/{Path(path).stem.replace(' ', '-')}."
         )
     output = Path(output_dir).expanduser().absolute()
     there = next(folder for folder in (output, *output.parents) if folder.exists())

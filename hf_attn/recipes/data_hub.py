@@ -126,7 +126,7 @@ def held_out(splits: dict[str, Any], split_seed: int, holdout: int) -> dict[str,
     train = splits["train"]
     for key in ("test", "validation"):
         if key not in splits:
-            size = min(holdout, len(train) // 10)
+            size = min(holdout, len(splits["train"]) // 10)
             if size < 1:
                 raise InvalidInput(f"there are {len(train)} training examples, too few to hold some out for {key}.")
             parts = train.train_test_split(size, seed=split_seed)
@@ -149,6 +149,9 @@ def held_out_stream(splits: dict[str, Any], split_seed: int, holdout: int) -> di
         if not rows:
             raise InvalidInput(f"the stream ends before there are examples for the {key} split. Lower holdout.")
         kept[key] = Dataset.from_list(rows, features=splits["train"].features)
+    if train.features is None:
+        # a stream of lines does not know its columns before it is read
+        train = train.cast(kept["validation"].features)
     return {"train": train.shuffle(seed=split_seed, buffer_size=BUFFER), **kept}
 
 

@@ -96,8 +96,10 @@ class Prepared:
     model: PreTrainedModel
 
 
-def train(config: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> TrainResult | None:
-    """Run the recipe in the YAML file `config`.
+def train(
+    config: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> TrainResult | None:
+    """Run the recipe in the YAML file, or dict, `config`.
 
     Args:
         config: keys are the fields of ModelArguments, DataArguments and transformers.TrainingArguments.
@@ -127,7 +129,7 @@ def train(config: str | os.PathLike[str], overrides: Mapping[str, Any] | None = 
     folder = recipe.output / "model"
     # the card says that the model reloads to the same numbers, so an earlier run's must not outlive a failed check
     (folder / "README.md").unlink(missing_ok=True)
-    trained.save_pretrained(folder, state_dict=weights)
+    trained.save_pretrained(folder)
     prepared.setting.processor.save_pretrained(folder)
     write_probe(trained, folder)
     history, names = trainer.state.log_history, prepared.task.objective.names

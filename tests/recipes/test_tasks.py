@@ -211,3 +211,11 @@ def test_refused_before_training(changes, error, message, tmp_path):
 def test_samples_can_be_left_out(tmp_path):
     result = train(written(tmp_path, family="bert", config=BERT, **PYDOC, samples=0))
     assert result.samples == () and "### Predictions" not in (result.model_dir / "README.md").read_text()
+
+
+def test_a_recipe_may_be_a_dict(tmp_path):
+    values = {**TRAINING, "family": "bert", "config": BERT, **PYDOC, "output_dir": str(tmp_path / "run")}
+    recipe = read(values, {"config.hidden_size": 8})
+    assert recipe.model.config["hidden_size"] == 8 and values["config"]["hidden_size"] == 16
+    with pytest.raises(InvalidOption, match="the recipe: unknown key 'familie' .did you mean 'family'"):
+        read({**values, "familie": "bert"})

@@ -41,7 +41,7 @@ format: install ## Let ruff fix and format the code
 
 # the budgets at which mechanisms are compared: 64 landmarks or features, blocks of 64, 4 blocks a row
 BENCHED := softmax rfa randomized lara:num_landmarks=64 eva:window_size=64,chunk_size=16 ripple topological \
-	mra:block_per_row=4 hypercube:block_size=64 context_pool vars generalized deformable dynamic_conv \
+	mra:block_per_row=4 hypercube:block_size=64 context_pool vars generalized generalized:beta=0010 deformable dynamic_conv \
 	relative_2d relu2 laplace softmax_plus mixed_chunk
 bench: install ## Time and memory of every mechanism on this machine's CPU, gated by correctness
 	$(BIN)/python scripts/bench.py $(BENCHED) --lengths 1024 2048 4096 --output docs/benchmarks/cpu

@@ -115,7 +115,8 @@ class DecayMask:
 
 @dataclass
 class FactoredMask:
-    """left right^T + diagonal, in the factors' precision, then in `dtype`; left (H,N,P) or (1,N,P), right (N,P)."""
+    """left right^T + diagonal, in the factors' precision, then in `dtype`; left (H,N,P) or (1,N,P), right (M,P) or
+    (H,M,P). The diagonal is of square masks."""
 
     left: Tensor
     right: Tensor
@@ -123,9 +124,9 @@ class FactoredMask:
     diagonal: float = 0.0
 
     def rows(self, rows: slice) -> Tensor:
-        mask = self.left[:, rows] @ self.right.T
+        mask = self.left[:, rows] @ self.right.mT
         if self.diagonal:
-            place = torch.arange(len(self.right), device=mask.device)
+            place = torch.arange(self.right.shape[-2], device=mask.device)
             mask = mask + self.diagonal * (place[rows, None] == place)
         # entries are not negative, but their rounding errors are
         return mask.clamp(min=0).to(self.dtype)
@@ -239,6 +240,15 @@ def masked_sums(query: Tensor, key: Tensor, value: Tensor, mask: ProductMask) ->
         return some(query, key, value)
     parts = zip(query.split(group, dim=-1), key.split(group, dim=-1))
     return functools.reduce(torch.add, (recomputed(some, q, k, value) for q, k in parts))
+
+
+def factored_sums(query: Tensor, key: Tensor, value: Tensor, mask: FactoredMask) -> Tensor:
+    """(B,H,N,E) sum_m mask_nm <q_n, k_m> v_m for a mask left right^T: its P columns times the features are features.
+
+    In O((N + M) F P E) time and O((N + M) F P) memory. Shapes as in `masked_sums`; left (H,N,P), right (H,M,P).
+    """
+    query, key = ((x[..., None] * f[:, :, None]).flatten(-2) for x, f in ((query, mask.left), (key, mask.right)))
+    return query @ (key.transpose(-1, -2) @ value)
 
 
 Weigh = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hf_attn
+from hf_attn.bench.report import OtherLoad
 
 Fields = dict[str, Any]
 
@@ -297,6 +298,8 @@ def write_page(folder: Path, results: Fields) -> None:
                 ]
                 for s, m in model.items()
             ]
+        if any(s not in model for model in models.values() for s in seeds):
+            lines += ["", "An empty cell was not run; means are over the seeds that were."]
         lines += ["", f"![Loss against step]({name}.png)", ""]
         draw_curves(folder / f"{name}.png", models)
     if "time" in results:
@@ -389,7 +392,9 @@ def main() -> int:
         write_page(arguments.output, results)
 
     if arguments.part == "time":
-        results["time"] = {"seconds": timed(arguments.longest), "made": made(None)}
+        load = OtherLoad()
+        seconds = timed(arguments.longest)
+        results["time"] = {"seconds": seconds, "made": f"{made(None)} Meanwhile {load}."}
         keep()
         return 0
     part = PARTS[arguments.part]

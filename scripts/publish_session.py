@@ -58,7 +58,8 @@ print(type(model[0].auto_model).__module__.partition(".")[0], "hf_attn" in __imp
 print("largest difference:", (embeddings - torch.load("with_hf_attn.pt")).abs().max().item())
 """
 STEPS = (
-    ("Convert. The checkpoint is a folder here; an id on the Hub works as well.", f"hf-attn convert {SOURCE} --to hypercube -o block_size=4 --output minilm-hypercube"),
+    ("Convert. The checkpoint is a folder here; an id on the Hub works as well.", f"hf-attn convert {SOURCE} --to hypercube -o block_size=4 --fidelity --output minilm-hypercube"),
+    ("What --fidelity measured, as the card shows it.", "grep -A 12 Fidelity minilm-hypercube/README.md"),
     ("Look at what would be published.", f"hf-attn publish minilm-hypercube --repo-id {REPO} --private --dry-run"),
     ("A token that slipped into a file stops it.", f"hf-attn publish planted --repo-id {REPO} --dry-run"),
     ("Publish, with the code itself, and tag the commit.", f"hf-attn publish minilm-hypercube --repo-id {REPO} --private --vendored --tag v1"),
@@ -81,6 +82,7 @@ def record(folder: Path, hub: Hub) -> str:
             (folder / "planted" / "README.md").write_text(f"{card}\nlogin(token={TOKEN!r})\n", encoding="utf-8")
         words = command.split()
         program = [sys.executable, "-m", "hf_attn.cli"] if words[0] == "hf-attn" else [sys.executable]
+        program = ["grep"] if words[0] == "grep" else program
         done = subprocess.run([*program, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True, check=False)  # fmt: skip
         shown = [
             line for line in (done.stdout + done.stderr).splitlines() if "it/s]" not in line and "Warning" not in line

@@ -9,9 +9,14 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if not os.path.exists("/dev/nvidia0"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import hypothesis
 import pytest
 import torch
 import transformers
+
+# the same examples in every run
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

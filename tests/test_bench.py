@@ -635,6 +635,7 @@ def test_without_a_cuda_device_the_reason_is_named(monkeypatch):
 def test_names_with_options():
     assert bench.parse_name("rfa") == ("rfa", {})
     assert bench.parse_name("rfa:num_features=8,orthogonal=false") == ("rfa", {"num_features": 8, "orthogonal": False})
+    assert bench.parse_name("generalized:beta=0010") == ("generalized", {"beta": "0010"})
     assert bench.parse_name("x:grid_size=[3,5],tau=0.5,r_cap=null") == (
         "x",
         {"grid_size": [3, 5], "tau": 0.5, "r_cap": None},

@@ -233,7 +233,8 @@ def parse_name(text: str) -> tuple[str, dict[str, Any]]:
         if not (key and equals):
             raise InvalidOption(f"{text!r} must look like name or name:key=value,key=value.")
         try:
-            options[key.strip()] = yaml.safe_load(value)
+            # 0010 is a choice of terms, and YAML would read an octal number
+            options[key.strip()] = value if re.fullmatch(r"0\d+", value) else yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise InvalidOption(f"{text!r}: the value of {key} cannot be read ({error}).") from error
     return name, options

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_attn.cli.common import AsJson, app, hint, key_values, print_json
+from hf_attn.cli.common import AsJson, app, attention_spec, hint, key_values, print_json
 
 
 @app.command("convert", no_args_is_help=True)
@@ -23,6 +23,14 @@ def convert_command(
         str | None, typer.Option(metavar="REV", help="Commit, tag or branch of the source.", show_default="main")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the mechanisms' parameters and draws.")] = 0,
+    fidelity: Annotated[
+        bool, typer.Option("--fidelity", help="Measure how closely the result follows the original; for the card.")
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="What --fidelity measures on: a text file, pydoc, a folder of images, or digits.",
+                     show_default="pydoc for texts, digits for images"),
+    ] = None,
     publish: Annotated[
         str | None, typer.Option("--publish", metavar="OWNER/NAME", help="Also publish the result there.")
     ] = None,
@@ -32,7 +40,7 @@ def convert_command(
     ] = None,
     vendored: Annotated[bool, typer.Option("--vendored", help="Publish the code itself as well.")] = False,
     as_json: AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """Give a pretrained checkpoint other attention, save it with tokenizer and card, and publish it if asked to.
 
     The model's own weights stay as they are; the mechanisms' start where their papers let them start. Another mechanism
@@ -50,15 +58,23 @@ def convert_command(
     """
     if (private is not None or vendored) and publish is None:
         raise typer.BadParameter("--private, --public and --vendored belong to --publish OWNER/NAME.")
-    options = key_values(option or [], "--option KEY=VALUE")
-    attention = _spec(to)
+    if data is not None and not fidelity:
+        raise typer.BadParameter("--data belongs to --fidelity.")
+    attention = attention_spec(to, key_values(option or [], "--option KEY=VALUE"))
     from hf_attn.hub.convert import convert_checkpoint
     from hf_attn.hub.upload import Target
     from hf_attn.hub.upload import publish as upload
 
     if publish is not None:
         Target(publish, private).check()
-    converted = convert_checkpoint(source, attention, output, revision=revision, seed=seed, **options)
+    converted = convert_checkpoint(
+        source,
+        attention,
+        output,
+        revision=revision,
+        seed=seed,
+        held_out=_held_out(data, seed) if fidelity else None,
+    )
     done = upload(output, publish, private=private, vendored=vendored, show=hint) if publish is not None else None
     if as_json:
         print_json({**converted.as_json(), "published": done.as_json() if done else None})
@@ -66,14 +82,13 @@ def convert_command(
         print(converted if done is None else f"{converted}\n\n{done}")
 
 
-def _spec(text: str) -> str | dict[str, Any]:
-    """A mechanism's name, or the per-layer form in YAML."""
-    import yaml
+def _held_out(data: str | None, seed: int) -> Any:
+    """Makes the batches that `hf-attn fidelity` measures on, as far as the model is long enough for them."""
 
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise typer.BadParameter(f"--to {text!r} is neither a name nor YAML: {error}") from error
-    if isinstance(value, dict):
-        return {str(key): entry for key, entry in value.items()}
-    return text
+    def batches(model: Any, folder: str) -> Any:
+        from hf_attn.recipes.linearize_data import LENGTHS, batches_for
+
+        most = getattr(model.config, "max_position_embeddings", None) or max(LENGTHS)
+        return batches_for(model, folder, data, [n for n in LENGTHS if n <= most] or [most], limit=16, seed=seed)[1]
+
+    return batches

@@ -6,6 +6,7 @@ Equal runs make equal cards: nothing here depends on time, machine or folder.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,15 @@ _TASKS = {
     "AutoModel": "feature-extraction",
 }
 """Auto class -> the Hub's name of its task."""
-_AUTO_CLASSES = {"image-classification": ("AutoModelForImageClassification", "AutoImageProcessor")}
+_AUTO_CLASSES = {
+    "fill-mask": ("fill-mask", "AutoModelForMaskedLM", "AutoTokenizer"),
+    "text-generation": ("text-generation", "AutoModelForCausalLM", "AutoTokenizer"),
+    "text-classification": ("text-classification", "AutoModelForSequenceClassification", "AutoTokenizer"),
+    "token-classification": ("token-classification", "AutoModelForTokenClassification", "AutoTokenizer"),
+    "image-classification": ("image-classification", "AutoModelForImageClassification", "AutoImageProcessor"),
+    "masked-image-modeling": ("image-feature-extraction", "AutoModelForMaskedImageModeling", "AutoImageProcessor"),
+}
+"""Task of a recipe -> the Hub's name of it, and the Auto classes of model and processor."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,7 @@ class CardFacts:
         license: an id of the Hub's list; None where it is not known.
         fidelity, speed: measured, or None.
         evaluations: results on datasets of the Hub.
+        samples: predictions, each with `given`, `expected` and `predicted`.
         co2: grams of CO2 with their source, in the Hub's form (`emissions`, `source`, ...), where they were measured.
     """
 
@@ -127,6 +137,7 @@ class CardFacts:
     speed: Speed | None = None
     evaluations: tuple[Evaluation, ...] = ()
     co2: dict[str, Any] | None = None
+    samples: Sequence[Any] = ()
 
 
 def model_card(facts: CardFacts) -> ModelCard:
@@ -155,7 +166,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         library_name="transformers",
         pipeline_tag=task,
         tags=["hf_attn", *dict.fromkeys(mechanism["name"] for mechanism in mechanisms)],
-        metrics=sorted({result.metric_type for result in results} & {"accuracy"}) or None,
+        metrics=sorted({result.metric_type for result in results} & {"accuracy", "perplexity"}) or None,
         eval_results=results or None,
         **{name: value for name, value in known.items() if value is not None},
     )
@@ -167,6 +178,9 @@ def model_card(facts: CardFacts) -> ModelCard:
         "settings": settings(facts.arguments),
         "scores": scores(facts.metrics),
         "versions": versions(),
+        "samples": [
+            {key: _cell(getattr(sample, key)) for key in ("given", "expected", "predicted")} for sample in facts.samples
+        ],
         "auto_model": auto_model,
         "auto_processor": auto_processor,
     }
@@ -178,7 +192,7 @@ def model_card(facts: CardFacts) -> ModelCard:
 def usage(facts: CardFacts) -> tuple[str | None, str, str]:
     """Task, Auto class and Auto processor of the model."""
     if facts.dataset is not None:
-        return (facts.dataset.task, *_AUTO_CLASSES[facts.dataset.task])
+        return _AUTO_CLASSES[facts.dataset.task]
     from hf_attn.models.family import auto_heads
 
     stock = str((getattr(facts.config, "architectures", None) or [""])[0]).removeprefix("Attn")
@@ -255,12 +269,18 @@ def template_path() -> Path:
 
 
 def mechanisms_of(config: Any) -> list[dict[str, Any]]:
-    """For every mechanism in `config.attention`: its layers, record, options and capabilities, in order."""
+    """For every mechanism in `config.attention`: its layers, record, options and capabilities, in order.
+
+    None for a family with attention of its own.
+    """
     from hf_attn import get_mechanism
 
     attention = getattr(config, "attention", None)
     if not attention:
         raise InvalidInput(f"a {type(config).__name__} carries no attention mechanisms. Use a model of hf_attn.")
+    if isinstance(attention, str):
+        # a family whose attention is part of its layers, such as gau
+        return []
     found = []
     for layers, entry in attention.items():
         record = get_mechanism(entry["name"])
@@ -326,6 +346,11 @@ def versions() -> list[tuple[str, str]]:
         ("transformers", transformers.__version__),
         ("torch", torch.__version__.partition("+")[0]),
     ]
+
+
+def _cell(text: str) -> str:
+    """Text that stays in one cell of a Markdown table."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def _plain(value: Any) -> str:

@@ -105,12 +105,20 @@ def check_config(folder: Path) -> PreTrainedConfig:
     """The config of a checkpoint of hf_attn, loaded from its file alone."""
     from transformers import AutoConfig
 
+    from hf_attn.models.configuration import OWN
+
     # first as JSON: the loader's own message for a damaged file does not name it
     read_json(folder / "config.json")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (HfAttnError, ValueError, OSError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InvalidInput(f"config.json in {str(folder)!r} does not load: {error}") from error
+    if config.model_type in OWN:
+        raise Unsupported(
+            f"pack {folder}",
+            f"model_type={config.model_type!r} is a family of its own, whose card and code cannot be written yet",
+            "Upload the saved folder with `hf upload`",
+        )
     if not getattr(config, "attention", None):
         raise Unsupported(
             f"pack {folder}",

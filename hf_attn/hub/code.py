@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 ENTRY = "modeling_hf_attn"
+FILES = (f"{ENTRY}.py", "hf_attn_*.py")
+"""Names of the files that carry code."""
 KINDS = ("shim", "vendored")
 
 _SHIM = '''"""Loads this checkpoint through the package hf_attn {versions}. Written by `hf-attn publish`."""
@@ -47,6 +49,9 @@ def write_code(folder: Path, config: PreTrainedConfig, kind: str = "shim") -> li
     """Write the code beside config.json, and the `auto_map` that leads to it; the names of the new files."""
     if kind not in KINDS:
         raise InvalidInput(f"code={kind!r} must be one of {', '.join(KINDS)}.")
+    import hf_attn
+    from hf_attn.models.configuration import VERSION
+
     if kind == "vendored":
         from hf_attn.hub.vendor import vendored
 
@@ -57,6 +62,7 @@ def write_code(folder: Path, config: PreTrainedConfig, kind: str = "shim") -> li
         (folder / name).write_text(text, encoding="utf-8")
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     stored["auto_map"] = {auto: f"{ENTRY}.{name}" for auto, name in auto_map(config).items()}
+    stored[VERSION] = hf_attn.__version__
     (folder / "config.json").write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return sorted(files)
 

@@ -9,18 +9,23 @@ not at all, and it was loaded again and gave the same numbers, bit for bit.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_attn.errors import HfAttnError, InvalidInput, PublishFailed, Unsupported
 from hf_attn.hub.check import PROBE, check_size, check_weights, listing, matches, model_class_of, read_json
+from hf_attn.hub.pack import working_place
 from hf_attn.hub.probe import check_probe, write_probe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from hf_attn.hub.card import Fidelity
 
 MADE_ANEW = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", PROBE, "README.md", "*.png",
@@ -69,6 +74,7 @@ def convert_checkpoint(
     *,
     revision: str | None = None,
     seed: int = 0,
+    held_out: Callable[[PreTrainedModel, str], Sequence[Any]] | None = None,
     **options: Any,
 ) -> Converted:
     """Give a checkpoint other attention, and save it with everything it needs.
@@ -79,6 +85,8 @@ def convert_checkpoint(
         output: the folder to make. An earlier conversion there is replaced; any other content is refused.
         revision: branch, tag or commit of the source on the Hub.
         seed: of the mechanisms' parameters and draws.
+        held_out: makes batches to measure the fidelity on, of the original model and the folder of its tokenizer or image
+            processor. The card gets the numbers, and `fidelity.json` and `fidelity.png` lie beside it.
         options: options of the default mechanism.
 
     Raises:
@@ -111,21 +119,24 @@ def convert_checkpoint(
         convert(model, attention, **options)
     model.eval()
 
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    named = str(source) if commit else folder.name
+    partial = working_place(output)
     try:
         model.save_pretrained(partial)
         copied = take_over(folder, partial)
         write_probe(model, partial)
         check_probe(partial, model.config, exact=True)
-        _write_card(partial, folder, model.config, output.name, str(source) if commit else None)
+        fidelity = None
+        if held_out is not None:
+            original = model_class.from_pretrained(folder, config=config, use_safetensors=True, local_files_only=True)
+            fidelity = _measure(original.eval(), model, held_out(original, str(folder)), partial, named)
+        _write_card(partial, folder, model.config, output.name, str(source) if commit else None, fidelity)
         if output.exists():
             shutil.rmtree(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    named = str(source) if commit else folder.name
     return Converted(output, named, commit, tuple(layer_names(model)), model.num_parameters(), tuple(copied))
 
 
@@ -203,12 +214,28 @@ def take_over(source: Path, target: Path) -> list[str]:
     return copied
 
 
-def _write_card(folder: Path, source: Path, config: PreTrainedConfig, name: str, base: str | None) -> None:
+def _measure(original: Any, model: Any, batches: Sequence[Any], folder: Path, teacher: str) -> Fidelity:
+    """Write the fidelity report into `folder`; what the card says of it."""
+    from hf_attn.analysis.fidelity import fidelity
+    from hf_attn.hub.card import Fidelity
+
+    report = fidelity(original, model, batches)
+    (folder / "fidelity.json").write_text(json.dumps(report.facts(), indent=1) + "\n", encoding="utf-8")
+    report.draw(folder / "fidelity.png")
+    rows = [(f"embedding cosine, {entry.length} tokens", f"{entry.embedding_cosine:.4f}") for entry in report.lengths]
+    rows += [(f"relative error of the attention outputs, {entry.length} tokens", f"{entry.error:.4f}") for entry in report.lengths]  # fmt: skip
+    examples = sum(entry.examples for entry in report.lengths)
+    return Fidelity(f"`{teacher}` in float64", f"{examples} held-out examples", tuple(rows), "fidelity.png")
+
+
+def _write_card(
+    folder: Path, source: Path, config: PreTrainedConfig, name: str, base: str | None, fidelity: Fidelity | None
+) -> None:
     """The card; license and base model come from the source."""
     from hf_attn.hub.card import checkpoint_card
     from hf_attn.hub.card_check import check_card
 
-    known: dict[str, Any] = {"base_model": base}
+    known: dict[str, Any] = {"base_model": base, "fidelity": fidelity}
     card = source / "README.md"
     if card.is_file():
         try:

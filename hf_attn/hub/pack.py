@@ -18,8 +18,8 @@ from typing import Any
 
 from hf_attn.errors import InvalidInput
 from hf_attn.hub.card import check_card, checkpoint_card
-from hf_attn.hub.check import check_folder, listing
-from hf_attn.hub.code import write_code
+from hf_attn.hub.check import ALLOWED, check_folder, listing, matches
+from hf_attn.hub.code import FILES, write_code
 from hf_attn.hub.secrets import local_paths
 
 MANIFEST = "manifest.json"
@@ -94,7 +94,7 @@ def pack(
     chosen, skipped = listing(folder)
     config = check_folder(folder, chosen, card=not write_card)
 
-    partial = _partial(target)
+    partial = working_place(target)
     partial.mkdir(parents=True)
     try:
         for name in chosen:
@@ -129,6 +129,12 @@ def plan_of(folder: Path, repo_id: str) -> Plan:
     verify(folder)
     entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     names = [entry["path"] for entry in entries]
+    if strange := [name for name in names if not matches(name, (*ALLOWED, *FILES))]:
+        raise InvalidInput(
+            f"{strange[0]!r} in {str(folder)!r} is no file that is published. Pack the saved model again."
+        )
+    check_folder(folder, names)
+    check_card((folder / "README.md").read_text(encoding="utf-8"))
     return Plan(folder, repo_id, (*entries, entry_of(folder, MANIFEST)), (), warnings_of(folder, names))
 
 
@@ -166,7 +172,7 @@ def _named(card: str, repo_id: str) -> str:
     return re.sub(r'"ORG/[A-Za-z0-9._-]+"', f'"{repo_id}"', card)
 
 
-def _partial(target: Path) -> Path:
+def working_place(target: Path) -> Path:
     """A free place beside `target` to work in; what killed processes left in theirs is removed."""
     for path in target.parent.glob(f".{target.name}.partial-*"):
         number = path.name.rpartition("-")[2]

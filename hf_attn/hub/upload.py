@@ -142,7 +142,7 @@ def publish(
     dry_run: bool = False,
     timeout: float = 120.0,
     show: Callable[[str], None] | None = None,
-    **save: Any,
+    max_shard_size: int | str | None = None,
 ) -> Published:
     """Check `source`, upload it in one commit, and verify what arrived.
 
@@ -159,7 +159,7 @@ def publish(
         dry_run: check and show the plan; nothing is sent, and no network is needed.
         timeout: seconds without any answer after which a request counts as failed.
         show: gets the plan (files, sizes, target, visibility) before anything is sent.
-        save: arguments of the model's save_pretrained, where `source` is no folder.
+        max_shard_size: largest weight file, such as "5GB", where `source` is no folder.
 
     Raises:
         InvalidInput, Unsupported: the folder must not be published as it is; nothing was sent.
@@ -167,7 +167,7 @@ def publish(
     """
     target = Target(repo_id, private, revision, create_pr, tag, message)
     target.check()
-    with prepared(source, repo_id, vendored, processor, save) as plan:
+    with prepared(source, repo_id, vendored, processor, max_shard_size) as plan:
         if dry_run:
             return _result("dry run", plan, target, private, None, None, None, ())
         if show is not None:
@@ -178,7 +178,7 @@ def publish(
 
 @contextlib.contextmanager
 def prepared(
-    source: Any, repo_id: str, vendored: bool = False, processor: Any = None, save: dict[str, Any] | None = None
+    source: Any, repo_id: str, vendored: bool = False, processor: Any = None, max_shard_size: int | str | None = None
 ) -> Iterator[Plan]:
     """The packed and checked folder of `source`, in a temporary place unless `source` is one already."""
     with tempfile.TemporaryDirectory(prefix="hf_attn-publish-") as temporary:
@@ -186,15 +186,17 @@ def prepared(
         if exact:
             folder = Path(temporary) / "model"
             model, processor = _parts(source, processor)
-            model.save_pretrained(folder, **(save or {}))
+            model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
             if processor is not None:
                 processor.save_pretrained(folder)
             write_probe(model, folder)
-        elif processor is not None or save:
-            raise InvalidInput("processor and arguments of save_pretrained belong to a model; the source is a folder.")
+        elif processor is not None or max_shard_size is not None:
+            raise InvalidInput("processor and max_shard_size belong to a model; the source is a folder.")
         else:
             folder = Path(source)
             if (folder / MANIFEST).is_file():
+                if vendored and not any(folder.glob("hf_attn_*.py")):
+                    raise InvalidInput(f"{str(folder)!r} was packed without its code. Publish the saved model itself.")
                 plan = plan_of(folder, repo_id)
                 check_probe(folder, check_config(folder))
                 yield plan

@@ -183,7 +183,9 @@ class ContextPool(AttentionModule):
             options["support_ref"] = max(host.grid) if host.grid else host.max_length
         inner = given.get("inner", "softmax")
         entry = dict(inner) if isinstance(inner, dict) else {"name": inner}
-        module_class = get_mechanism(entry.get("name")).module_class
+        if not isinstance(entry.get("name"), str):
+            return options  # which the options' own check refuses
+        module_class = get_mechanism(entry["name"]).module_class
         filled = module_class.host_defaults(host, {k: v for k, v in entry.items() if k != "name"})
         return {**options, "inner": {**entry, **filled}} if filled else options
 

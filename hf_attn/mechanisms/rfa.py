@@ -135,6 +135,13 @@ class RandomFeatureAttention(AttentionModule):
         scale = (call.scale / options.num_features) ** 0.5
         return tuple((scale * (x @ z.transpose(-1, -2))).relu().add(1e-3).log() for x in (call.query, call.key))
 
+    def summed_features(self, call: Call, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`log_features` for the efficient forms: what depends on the query alone cancels, and is not computed."""
+        if self.options.feature_map != "positive":
+            return self.log_features(call, z)
+        z = (self.z(call) if z is None else z).to(call.query.dtype)
+        return call.scale**0.5 * (call.query @ z.transpose(-1, -2)), log_positive(call.key, z, call.scale)
+
     def official_features(self, call: Call) -> tuple[Tensor, Tensor]:
         """phi of the official code, for queries (B,H,N,F) and keys (B,H,M,F); zero at padded keys."""
         z, mask = self.z(call).to(call.query.dtype), call.key_padding_mask
@@ -174,12 +181,12 @@ class RandomFeatureAttention(AttentionModule):
 
     def attend(self, call: Call) -> Tensor:
         if call.is_causal:
-            return causal_linear_attention(*self.log_features(call), call.value, call.key_padding_mask)[0]
+            return causal_linear_attention(*self.summed_features(call), call.value, call.key_padding_mask)[0]
         if self.options.official_compat:
             phi_query, phi_key = self.official_features(call)
             mass = phi_query @ phi_key.sum(dim=2)[..., None]
             return phi_query @ (phi_key.transpose(-1, -2) @ call.value) / mass.clamp(min=OFFICIAL_FLOOR)
-        return linear_attention(*self.log_features(call), call.value, call.key_padding_mask)
+        return linear_attention(*self.summed_features(call), call.value, call.key_padding_mask)
 
     def recurrent(self, call: Call, state: State | None) -> tuple[Tensor, State]:
         """A state is made of features, so it keeps directions that are not the saved ones for the steps to come."""
@@ -189,7 +196,7 @@ class RandomFeatureAttention(AttentionModule):
                 z = self.z(call)
             else:
                 z = state.get("directions", self.projection)
-        log_query, log_key = self.log_features(call, z)
+        log_query, log_key = self.summed_features(call, z)
         out, new = causal_linear_attention(log_query, log_key, call.value, call.key_padding_mask, state)
         if z is not None and z is not self.projection:
             new["directions"] = z.expand(call.batch, -1, -1, -1)

@@ -17,9 +17,8 @@ up to very long sequences, because the exact tiled form beats the FFT there.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,155 +35,14 @@ from hf_attn.functional import (
     log_positive,
     random_directions,
 )
+from hf_attn.mechanisms.topological_options import CAUSAL, GRAPHS, READ_BY, SEQUENCES, TABLES, TopologicalOptions
 from hf_attn.module import AttentionModule, Call, State
-from hf_attn.options import Options
 from hf_attn.registry import Mechanism, register
 
-SEQUENCES = ("none", "toeplitz", "decay")
-TABLES = ("toeplitz", "block_toeplitz")
-GRAPHS = ("graph_kernel", "heat")
-STRUCTURED_FROM = {"toeplitz": 32768, "block_toeplitz": 32768, "tree": 16384, "decay": 512}
-"""Keys from which the structured form (FFT, tree passes, chunked recurrence) replaces the tiled one; measured on one
-CPU thread, float32, D = 64. `fft_min_length` can only raise it."""
-_READ_BY = {
-    "max_length": ("toeplitz",),
-    "grid_size": ("block_toeplitz", *GRAPHS),
-    **dict.fromkeys(("parametrization", "poly_degree"), TABLES),
-    **dict.fromkeys(("parent", "edge_lengths"), ("tree",)),
-    **dict.fromkeys(("edges", "num_nodes"), GRAPHS),
-    **dict.fromkeys(("walk_length", "walk_discount", "walk_stop", "walk_norm", "walk_sampling"), ("graph_kernel",)),
-    **dict.fromkeys(("num_walks", "seed"), ("graph_kernel",)),
-}
-"""Which mask types read an option; elsewhere it would silently do nothing."""
-
-
-@dataclass(frozen=True)
-class TopologicalOptions(Options):
-    """Options of `topological`.
-
-    Attributes:
-        mask_type: "none", "toeplitz" (sequence), "block_toeplitz" (grid), "decay", "tree", "graph_kernel", "heat".
-        feature_map: "relu" (with floors), "elu", or "favor" (positive random features).
-        num_features: F of "favor"; None = D.
-        eps: floor of the relu features, and of their weights under "none" and the Toeplitz masks.
-        parametrization: Toeplitz entries as "abs_table", "exp_table", or "exp_poly" of the distance.
-        poly_degree: degree of "exp_poly".
-        max_length: longest sequence of the 1-D table.
-        grid_size: (rows, columns) of "block_toeplitz", and of the grid graph of "heat" and "graph_kernel".
-        parent: tree: parent of each node, an earlier node, or -1 for a root.
-        edge_lengths: tree: length of the edge to the parent; None = all 1.
-        edges: undirected graph of "heat" and "graph_kernel"; None = the 4-neighbour graph of grid_size.
-        num_nodes: nodes of the graph given by edges.
-        walk_length: graph_kernel: nodes of a walk, the start counted.
-        walk_discount: graph_kernel: factor for each step.
-        walk_stop: graph_kernel: probability of stopping before a step.
-        walk_norm: power of the norm that rows of walk features are divided by; 1 makes the kernel a cosine.
-        walk_sampling: "exact" expectation or "sampled" walks.
-        num_walks: walks from each node, for "sampled".
-        seed: of the sampled walks.
-        fft_min_length: keys below which the dense form is used; the same numbers.
-    """
-
-    mechanism: ClassVar[str] = "topological"
-
-    mask_type: str = "toeplitz"
-    feature_map: str = "relu"
-    num_features: int | None = None
-    eps: float = 1e-8
-    parametrization: str = "abs_table"
-    poly_degree: int = 2
-    max_length: int = 512
-    grid_size: tuple[int, int] | list[int] | None = None
-    parent: list[int] | None = None
-    edge_lengths: list[float] | None = None
-    edges: list[tuple[int, int]] | None = None
-    num_nodes: int | None = None
-    walk_length: int = 4
-    walk_discount: float = 1.0
-    walk_stop: float = 0.0
-    walk_norm: float = 1.0
-    walk_sampling: str = "exact"
-    num_walks: int = 100
-    seed: int = 0
-    fft_min_length: int = 512
-
-    def check(self) -> None:
-        self.one_of("mask_type", *SEQUENCES, "block_toeplitz", "tree", *GRAPHS)
-        self.one_of("feature_map", "relu", "elu", "favor")
-        self.one_of("parametrization", "abs_table", "exp_table", "exp_poly")
-        self.one_of("walk_sampling", "exact", "sampled")
-        for option in ("poly_degree", "max_length", "walk_length", "num_walks"):
-            self.integer(option, 1)
-        for option in ("seed", "fft_min_length"):
-            self.integer(option, 0)
-        for option in ("walk_discount", "walk_norm"):
-            self.number(option, 0)
-        self.number("walk_stop", 0, 1)
-        self.number("eps", 1e-15, 1)
-        for option, kinds in _READ_BY.items():
-            if option in self.changed() and self.mask_type not in kinds:
-                rule = f"belongs to mask_type {' or '.join(map(repr, kinds))}, and mask_type={self.mask_type!r}"
-                raise self.refuse(option, rule, f"Leave {option} out.")
-        if self.num_features is not None:
-            self.integer("num_features", 1)
-            if self.feature_map != "favor":
-                raise self.refuse("num_features", f"belongs to feature_map 'favor', not {self.feature_map!r}")
-        self.check_structure()
-
-    def check_structure(self) -> None:
-        grid, parent, lengths, edges = self.grid_size, self.parent, self.edge_lengths, self.edges
-        if grid is not None and not (_numbers(grid, int, 1) and len(grid) == 2):
-            raise self.refuse("grid_size", "must be two integers of at least 1, (rows, columns)")
-        if grid is None and self.mask_type == "block_toeplitz":
-            raise self.refuse("grid_size", "must be given with mask_type='block_toeplitz'", "Set (rows, columns).")
-        if self.mask_type == "tree":
-            if not (_numbers(parent, int, -1) and all(up < node for node, up in enumerate(parent))):
-                raise self.refuse("parent", "must be a list in topological order: parent[i] < i, -1 for a root")
-            if lengths is not None and not (_numbers(lengths, (int, float)) and len(lengths) == len(parent)):
-                raise self.refuse("edge_lengths", f"must be {len(parent)} numbers, one for each node")
-            if not _numbers(self.lengths, (int, float), 0):
-                raise self.refuse("edge_lengths", "must not be negative")
-        if (edges is None) != (self.num_nodes is None):
-            raise self.refuse("num_nodes", f"and edges={edges!r} must be given together")
-        if edges is not None:
-            self.integer("num_nodes", 1)
-            if not isinstance(edges, (list, tuple)) or not all(
-                _numbers(edge, int, 0) and len(edge) == 2 and edge[0] != edge[1] and max(edge) < self.num_nodes
-                for edge in edges
-            ):
-                raise self.refuse("edges", f"must be pairs of different nodes from 0 to {self.num_nodes - 1}")
-            if grid is not None and math.prod(grid) != self.num_nodes:
-                raise self.refuse("grid_size", f"does not have the num_nodes={self.num_nodes} nodes of the graph")
-        elif self.mask_type in GRAPHS and grid is None:
-            rule = f"must be given with mask_type={self.mask_type!r}"
-            raise self.refuse("edges", rule, "Set edges and num_nodes, or grid_size for the graph of a grid.")
-
-    @property
-    def lengths(self) -> list[float]:
-        """Tree: length of the edge from each node to its parent, 0 for roots."""
-        lengths = [1.0] * len(self.parent) if self.edge_lengths is None else self.edge_lengths
-        return [0.0 if up < 0 else length for up, length in zip(self.parent, lengths)]
-
-    @property
-    def size(self) -> int | None:
-        """Tokens of the structure; None for sequences of any length."""
-        if self.mask_type in SEQUENCES:
-            return None
-        if self.mask_type == "tree":
-            return len(self.parent)
-        return self.num_nodes or math.prod(self.grid_size)
-
-    def graph(self) -> tuple[tuple[tuple[int, int], ...], int]:
-        """Edges and number of nodes."""
-        edges = structural.grid_edges(*self.grid_size) if self.edges is None else self.edges
-        return tuple((i, j) for i, j in edges), self.size
-
-
-def _numbers(values: Any, kind: Any, minimum: float = -math.inf) -> bool:
-    """Whether `values` is a list of finite numbers of at least `minimum`."""
-    return isinstance(values, (list, tuple)) and all(
-        isinstance(x, kind) and not isinstance(x, bool) and minimum <= x and abs(x) < math.inf for x in values
-    )
+STRUCTURED_FROM = {"toeplitz": 32768, "block_toeplitz": 32768, "tree": 16384, "decay": 512, "low_rank": 64}
+"""Keys from which the structured form (FFT, tree passes, chunked recurrence, sums over the rank) replaces the tiled
+one; of "low_rank" keys for each unit of rank. Measured on one CPU thread, float32, D = 64. `fft_min_length` can only
+raise it."""
 
 
 class TopologicalAttention(AttentionModule):
@@ -201,6 +59,8 @@ class TopologicalAttention(AttentionModule):
         elif kind in TABLES:
             lengths = (options.max_length,) if kind == "toeplitz" else options.grid_size
             self.table = nn.Parameter(torch.empty(num_heads, *(2 * n - 1 for n in lengths)))
+        if kind == "low_rank":
+            self.mask_factors = nn.Parameter(torch.empty(num_heads, options.max_length, options.rank))
         if kind in ("decay", "tree"):
             self.log_decay_rate = nn.Parameter(torch.empty(num_heads))
         if kind == "tree":
@@ -224,12 +84,16 @@ class TopologicalAttention(AttentionModule):
             "feature directions: once at construction, saved": options.feature_map == "favor",
             f"walks: once at construction, from seed={options.seed}, saved": options.walk_sampling == "sampled",
         }
-        derived = {"toeplitz": ("cross-attention",), "block_toeplitz": ("causal in raster order",)}
+        derived = {
+            "toeplitz": ("cross-attention",),
+            "low_rank": ("learned factors",),
+            "block_toeplitz": ("causal in raster order",),
+        }
         if options.size is not None:
             derived[kind] = (*derived.get(kind, ()), "several prefix tokens")
         return Capabilities(
-            causal=kind in (*SEQUENCES, "block_toeplitz"),
-            cross=kind in ("none", "toeplitz"),
+            causal=kind in CAUSAL,
+            cross=kind in ("none", "toeplitz", "low_rank"),
             packed=kind in SEQUENCES,
             grid="ignored" if options.grid_size is None else "used",
             prefix_tokens=kind not in SEQUENCES,
@@ -246,11 +110,11 @@ class TopologicalAttention(AttentionModule):
         filled: dict[str, Any] = {}
         if "mask_type" not in given:
             first = "block_toeplitz" if host.grid else "decay" if host.causal else "toeplitz"
-            kinds = (first, "toeplitz", "block_toeplitz", "tree")
-            reads = (k for k in kinds if all(k in _READ_BY.get(option, kinds) for option in given))
+            kinds = (first, "toeplitz", "block_toeplitz", "tree", "low_rank")
+            reads = (k for k in kinds if all(k in READ_BY.get(option, kinds) for option in given))
             filled["mask_type"] = next(reads, first)
         kind = given.get("mask_type", filled.get("mask_type"))
-        if kind == "toeplitz" and "max_length" not in given and host.max_length:
+        if kind in ("toeplitz", "low_rank") and "max_length" not in given and host.max_length:
             filled["max_length"] = host.max_length
         if kind in ("block_toeplitz", *GRAPHS) and host.grid and not {"grid_size", "edges"} & set(given):
             filled["grid_size"] = list(host.grid)
@@ -262,6 +126,9 @@ class TopologicalAttention(AttentionModule):
             torch.nn.init.constant_(self.table, 1.0 if options.parametrization == "abs_table" else 0.0)
         if hasattr(self, "coefficients"):
             torch.nn.init.zeros_(self.coefficients)
+        if hasattr(self, "mask_factors"):
+            # apart from each other, or all columns would learn the same
+            torch.nn.init.normal_(self.mask_factors, 1.0 if options.parametrization == "abs_table" else 0.0, 0.1)
         if options.mask_type == "decay":
             head = torch.arange(1, self.num_heads + 1, device=self.log_decay_rate.device, dtype=torch.float64)
             draw_(self.log_decay_rate, -8 * math.log(2) * head / self.num_heads)
@@ -288,9 +155,9 @@ class TopologicalAttention(AttentionModule):
     def _call(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Call:
         call, options = super()._call(query, key, value, **arguments), self.options
         kind, grid, prefix = options.mask_type, options.grid_size, call.num_prefix_tokens
-        if kind == "toeplitz" and max(call.queries, call.keys) > options.max_length:
+        if kind in ("toeplitz", "low_rank") and max(call.queries, call.keys) > options.max_length:
             raise InvalidInput(
-                f"topological: {max(call.queries, call.keys)} tokens, and the table was built for max_length={options.max_length}. Set max_length, or use mask_type='decay'."
+                f"topological: {max(call.queries, call.keys)} tokens, and the mask was built for max_length={options.max_length}. Set max_length, or use mask_type='decay'."
             )
         if options.size is None:
             return call
@@ -331,6 +198,11 @@ class TopologicalAttention(AttentionModule):
         """(H,) decay per unit of distance."""
         return self.log_decay_rate.to(call.query.dtype).exp()
 
+    def factors(self, tokens: int, dtype: torch.dtype) -> Tensor:
+        """(H,tokens,P) factors F of the mask F F^T, not negative."""
+        factors = self.mask_factors[:, :tokens].to(dtype)
+        return factors.abs() if self.options.parametrization == "abs_table" else factors.exp()
+
     # -- the definition --------------------------------------------------------------------------------------------
 
     def weights(self, call: Call) -> Tensor:
@@ -362,6 +234,9 @@ class TopologicalAttention(AttentionModule):
         if kind == "toeplitz":
             longest = options.max_length
             return self.entries((n - m + longest - 1,), (n - m).abs().to(dtype) / longest)
+        if kind == "low_rank":
+            left, right = self.factors(call.queries, dtype), self.factors(call.keys, dtype)
+            return (left[:, :, None] * right[:, None]).sum(dim=-1)
         if kind == "decay":
             return (-self.rate(call)[:, None, None] * (n - m).abs()).exp()
         if kind == "block_toeplitz":
@@ -403,7 +278,8 @@ class TopologicalAttention(AttentionModule):
         if kind == "none":
             return self._unmasked(call, None)[0]
         dense = call.keys < options.fft_min_length
-        structured = not dense and call.keys >= STRUCTURED_FROM.get(kind, math.inf)
+        least = STRUCTURED_FROM.get(kind, math.inf) * (options.rank if kind == "low_rank" else 1)
+        structured = not dense and call.keys >= least
         if kind == "decay" and structured:
             rest = (call.value, call.is_causal, self.rate(call), padding)
             return structural.decay_attention(*self.log_features(call), *rest)
@@ -416,7 +292,9 @@ class TopologicalAttention(AttentionModule):
         if padding is not None:
             real = padding[:, None, :, None].to(key.dtype)
             key, value = key * real, value * real
-        if structured:
+        if structured and kind == "low_rank":
+            sums = structural.factored_sums(query, key, value, mask)
+        elif structured:
             sums = structural.masked_sums(query, key, value, mask)
             # sums below the rounding error of the products are no weights
             noise = mask.error * (query @ key.sum(dim=2)[..., None]).detach()
@@ -449,6 +327,8 @@ class TopologicalAttention(AttentionModule):
         """The mask of a call, not built."""
         kind, dtype, device = self.options.mask_type, call.query.dtype, call.query.device
         first = call.keys - call.queries if call.is_causal else 0
+        if kind == "low_rank":
+            return structural.FactoredMask(self.factors(call.queries, dtype), self.factors(call.keys, dtype), dtype)
         if kind == "decay":
             return structural.DecayMask(self.rate(call), first, call.keys)
         if kind == "toeplitz":
@@ -493,7 +373,7 @@ register(
         title="Topologically masked attention",
         paper="Choromanski et al., ICML 2022 (arXiv 2107.07999)",
         equation="out_n = sum_m A_nm v_m / sum_m A_nm,  A_nm = mask_nm <phi(q_n), phi(k_m)> + floor,  "
-        "mask: Toeplitz, block Toeplitz, decay, tree, graph kernel or heat kernel",
+        "mask: Toeplitz, block Toeplitz, decay, low rank, tree, graph kernel or heat kernel",
         module_class=TopologicalAttention,
         example={"mask_type": "toeplitz", "max_length": 128},
     )

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+from packaging.version import InvalidVersion, Version
 from transformers.configuration_utils import PreTrainedConfig
 
 from hf_attn.errors import HfAttnError, InvalidOption, Unsupported
@@ -28,6 +31,24 @@ OWN = {
     "aa_resnet": ("hf_attn.models.aa_resnet_config", "AAResNetConfig"),
 }
 """Model types with a config class of their own, and where it lives."""
+
+
+VERSION = "hf_attn_version"
+"""Field of a published config.json: the version of this package that wrote it."""
+
+
+def warn_newer(published: Any, installed: str) -> None:
+    """Warn where a checkpoint was published with a newer package: what that changed is not known here."""
+    try:
+        newer = Version(published) > Version(installed)
+    except (InvalidVersion, TypeError) as error:
+        raise InvalidOption(f"config: {VERSION}={str(published)[:40]!r} is not a version.") from error
+    if newer:
+        warnings.warn(
+            f"this checkpoint was published with hf_attn {published}, and {installed} is installed: it may compute something "
+            f'else. Install the newer one with: pip install "hf_attn>={published}"',
+            stacklevel=2,
+        )
 
 
 class AttnConfigMixin:
@@ -70,9 +91,12 @@ class AttnConfigMixin:
             InvalidOption: a field has a wrong type, or asks for more than any model has; nothing was built.
         """
         check_stored(config_dict)
+        published = config_dict.get(VERSION)
         if cls.__module__.startswith("hf_attn."):
             # the code beside a checkpoint is for machines without this package; saving again must not point at it
-            config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
+            config_dict = {key: value for key, value in config_dict.items() if key not in ("auto_map", VERSION)}
+            if published is not None:
+                warn_newer(published, sys.modules[cls.__module__.partition(".")[0]].__version__)
         try:
             return super().from_dict(config_dict, **kwargs)
         except HfAttnError:

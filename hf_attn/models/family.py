@@ -72,7 +72,7 @@ class AttnModelMixin:
         token: bool | str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
-        **save: Any,
+        max_shard_size: int | str | None = None,
     ) -> Any:
         """Publish the model with every check of `hf_attn.hub.publish`, in one commit that is verified afterwards.
 
@@ -83,7 +83,7 @@ class AttnModelMixin:
             token: None or True; a token in an argument ends up in logs, so it comes from HF_TOKEN or `hf auth login`.
             revision: branch.
             create_pr: open a pull request instead.
-            save: arguments of save_pretrained.
+            max_shard_size: largest weight file, such as "5GB".
 
         Returns:
             The commit, as transformers returns it.
@@ -109,8 +109,8 @@ class AttnModelMixin:
             private=private,
             revision=revision or "main",
             create_pr=create_pr,
-            **({"message": commit_message} if commit_message else {}),
-            **save,
+            message=commit_message or "Publish with hf_attn",
+            max_shard_size=max_shard_size,
         )
         return CommitInfo(
             commit_url=done.url,

@@ -223,8 +223,9 @@ class FlashGatedAttentionUnit(GatedUnit):
             past_kv=before_last + sums[:, -1] if full else before_last,
             num_past=num_past,
             chunk_kv=nothing if full else sums[:, -1],
-            chunk_key=keys[:, finished * size :],
-            chunk_value=values[:, finished * size :],
+            # clones: views would keep every token of a long prompt
+            chunk_key=keys[:, finished * size :].clone(),
+            chunk_value=values[:, finished * size :].clone(),
             ended=None if real is None else ~real[:, -1],
         )
 

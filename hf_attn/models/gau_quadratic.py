@@ -140,7 +140,8 @@ class GatedAttentionUnit(GatedUnit):
             key, value = torch.cat((past.key, key), dim=1), torch.cat((past.value, value), dim=1)
             if past.real is not None:
                 real = functional.pad(past.real, (0, query.shape[1]), value=True)
-        state = QuadraticState(key, value, real) if use_cache else None
+        # a copy: the value is a view of the whole projection
+        state = QuadraticState(key, value.contiguous(), real) if use_cache else None
         queries, keys = query.shape[1], key.shape[1]
         earlier = keys - queries
         count, factor = _visible_keys(queries, keys, real, causal, key), None

@@ -3,8 +3,9 @@
     "lara"                                            every layer
     {"name": "lara", "num_landmarks": 49}             every layer, with options
     {"default": "softmax", "2-9": "lara", "0,11": {"name": "rfa", "num_features": 32}}
+    {"default": "generalized", "cross": "softmax"}    another mechanism where a decoder attends to the encoder
 
-The canonical form, which config.json stores, maps "default" and layer ranges to {"name": ..., **options}.
+The canonical form, which config.json stores, maps "default", layer ranges and "cross" to {"name": ..., **options}.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ ALIASES: dict[str, dict[str, Any]] = {
 }
 """transformers' own names for exact attention, in our terms."""
 
+CROSS = "cross"
+"""Key of the encoder-decoder attention of every layer; without it a layer has one entry for all its attention."""
 _RANGE = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
@@ -44,9 +47,9 @@ def canonical(attention: str | dict[str, Any] | None, options: dict[str, Any] | 
     spec = {"default": _entry(attention.get("default", "softmax"), options)}
     for key, value in attention.items():
         if key != "default":
-            if not _RANGE.fullmatch(str(key)):
+            if key != CROSS and not _RANGE.fullmatch(str(key)):
                 raise InvalidOption(
-                    f"attention has the key {key!r}; keys are 'default' and layer ranges like '0', '2-9' or '0,4-6'."
+                    f"attention has the key {key!r}; keys are 'default', 'cross' and layer ranges like '0', '2-9' or '0,4-6'."
                 )
             spec[str(key)] = _entry(value, None)
     return spec
@@ -56,7 +59,7 @@ def per_layer(spec: Spec, num_layers: int) -> list[dict[str, Any]]:
     """The entry of every layer, 0 to `num_layers` - 1. Overlapping or missing layers are refused."""
     layers: dict[int, tuple[str, dict[str, Any]]] = {}
     for key, entry in spec.items():
-        if key == "default":
+        if key in ("default", CROSS):
             continue
         for part in key.split(","):
             first, _, last = part.partition("-")

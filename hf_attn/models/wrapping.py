@@ -19,7 +19,7 @@ from hf_attn.capabilities import Host, check_host
 from hf_attn.errors import InvalidOption, Unsupported
 from hf_attn.models.cache import state_layer
 from hf_attn.models.limits import check_memory
-from hf_attn.models.spec import Spec, per_layer
+from hf_attn.models.spec import CROSS, Spec, per_layer
 from hf_attn.module import AttentionModule
 from hf_attn.registry import get_mechanism, with_capability
 
@@ -86,11 +86,18 @@ def attach(model: nn.Module, spec: Spec, pretrained: bool = False) -> Spec:
         )
     hosts = {path: host_of(model, path, module) for path, module in modules.items()}
     entries = per_layer(spec, max(host.layer_idx for host in hosts.values()) + 1)
-    check_memory([planned(host, entries[host.layer_idx]) for host in hosts.values()], model, type(model).__name__)
+    if CROSS in spec and not any(host.cross for host in hosts.values()):
+        raise InvalidOption(
+            f"attention has the key {CROSS!r}, and {type(model).__name__} has no encoder-decoder attention; leave it out."
+        )
+    entry_of = {
+        path: spec[CROSS] if host.cross and CROSS in spec else entries[host.layer_idx] for path, host in hosts.items()
+    }
+    check_memory([planned(host, entry_of[path]) for path, host in hosts.items()], model, type(model).__name__)
     built, filled = {}, {}
     for path, module in modules.items():
         host = hosts[path]
-        entry = entries[host.layer_idx]
+        entry = entry_of[path]
         built[path], options = build_for(host, entry, module, pretrained)
         filled[id(entry)] = {"name": entry["name"], **options}
     for path, module in modules.items():
@@ -152,7 +159,9 @@ def host_of(model: nn.Module, path: str, module: nn.Module) -> Host:
             f"its number of heads ({heads}), head dimension ({dim}) or layer number ({layer}) cannot be read from {type(module).__name__}",
             "Report the model type; BERT, ViT, GPT-2 and their relatives work",
         )
-    cross = bool(getattr(module, "is_cross_attention", "Cross" in type(module).__name__))
+    # BART and its relatives have one class for both, and this name for the one that reads the encoder
+    cross = path.rpartition(".")[2] == "encoder_attn" or "Cross" in type(module).__name__
+    cross = bool(getattr(module, "is_cross_attention", cross))
     grid, prefix = token_grid(model)
     sliding = _first(module, "sliding_window") or (getattr(module, "layer_type", "") == "sliding_attention" or None)
     dropout = _first(module, "attention_dropout", "dropout", "attn_dropout") or 0.0

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hf_attn.errors import InvalidInput, InvalidOption, near
+from hf_attn.recipes.launch import needs_cpu
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -31,21 +32,51 @@ REFUSED = {
 
 @dataclass
 class ModelArguments:
-    """The model to train, from scratch."""
+    """The model to train: a family from scratch, or a pretrained checkpoint."""
 
-    family: str = field(default="vit", metadata={"help": "Model family: vit."})
-    attn_implementation: str = field(default="softmax", metadata={"help": "A registered attention mechanism."})
+    family: str = field(default="vit", metadata={"help": "Family of a model from scratch, such as bert, vit or gpt2."})
+    model: str = field(
+        default="", metadata={"help": "A pretrained checkpoint (folder or Hub name), in place of family."}
+    )
+    attn_implementation: str = field(
+        default="", metadata={"help": "A registered mechanism. Empty: softmax, or what the checkpoint has."}
+    )
     attention_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Options of the mechanism."})
     config: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of the family's config class."})
 
 
 @dataclass
 class DataArguments:
-    """The data to train on."""
+    """The task, the data to train on, and how the data is handed to the model."""
 
-    dataset: str = field(default="", metadata={"help": "A data set of hf_attn.recipes.data, such as digits."})
+    task: str = field(default="", metadata={"help": "A task of hf_attn.recipes.tasks. Empty: the data set's own."})
+    dataset: str = field(
+        default="",
+        metadata={"help": "An embedded set (digits, pydoc, ...), a file, a folder, or owner/name on the Hub."},
+    )
+    dataset_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Options of an embedded set, or keywords of datasets.load_dataset."}
+    )
+    columns: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Role (text, image, tokens, labels) to the column's name in the data."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read training examples as they are needed (max_steps)."})
+    holdout: int = field(
+        default=1000,
+        metadata={"help": "Most examples held out for validation, and for test, where the data names none."},
+    )
     split_seed: int = field(default=0, metadata={"help": "Seed of the train/validation/test split."})
     max_examples: int | None = field(default=None, metadata={"help": "Use only the first examples of every split."})
+    tokenizer: str = field(
+        default="",
+        metadata={"help": "A tokenizer (folder or Hub name). Empty: the checkpoint's, or a new one is trained."},
+    )
+    vocab_size: int = field(default=2048, metadata={"help": "Most entries of a newly trained tokenizer."})
+    max_length: int = field(default=128, metadata={"help": "Tokens of a block of text, or of the longest example."})
+    mask_probability: float | None = field(
+        default=None, metadata={"help": "Share of tokens (0.15) or image patches (0.6) that a masked task hides."}
+    )
+    samples: int = field(default=4, metadata={"help": "Predictions shown at the end of a run."})
     notes: str = field(default="", metadata={"help": "What a reader of the results must know; the card prints it."})
 
 
@@ -67,8 +98,8 @@ class Recipe:
     given: dict[str, Any]
 
 
-def read(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe in a YAML file, with `overrides` (dotted keys reach into dicts) on top.
+def read(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe in a YAML file, or in a dict, with `overrides` (dotted keys reach into dicts) on top.
 
     Raises:
         InvalidInput: a path does not exist or cannot be used.
@@ -76,11 +107,13 @@ def read(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = Non
     """
     from transformers import HfArgumentParser, TrainingArguments
 
-    values = _load(Path(path))
+    path = "the recipe" if isinstance(source, Mapping) else source
+    values = dict(source) if isinstance(source, Mapping) else _load(Path(source))
     for key, value in (overrides or {}).items():
         _set(values, key, value)
     kinds = (ModelArguments, DataArguments, TrainingArguments)
     types_of = {name: hint for kind in kinds for name, hint in _hints(kind).items()}
+    types_of["resume_from_checkpoint"] = str | bool | None
     for key, value in values.items():
         if key not in types_of:
             raise InvalidOption(
@@ -92,10 +125,13 @@ def read(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = Non
         values[key] = _checked(key, value, types_of[key])
     output = _output(path, values.get("output_dir"))
     resume = values.get("resume_from_checkpoint")
-    if resume is not None and not Path(resume).is_dir():
-        raise InvalidInput(f"resume_from_checkpoint={resume!r} is not a folder. Give a checkpoint-N folder of a run.")
+    if isinstance(resume, str) and not Path(resume).is_dir():
+        raise InvalidInput(
+            f"resume_from_checkpoint={resume!r} is not a folder. Give a checkpoint-N folder of a run, or true for the newest."
+        )
+    forced = {"use_cpu": True} if needs_cpu() else {}
     try:
-        model, data, training = HfArgumentParser(typing.cast(Any, kinds)).parse_dict(values)
+        model, data, training = HfArgumentParser(typing.cast(Any, kinds)).parse_dict({**values, **forced})
     except (TypeError, ValueError) as error:
         raise InvalidOption(f"{path}: transformers refuses the training arguments: {error}") from error
     return Recipe(name=output.name, output=output, model=model, data=data, training=training, given=values)
@@ -168,7 +204,7 @@ def _output(path: str | os.PathLike[str], output_dir: str | None) -> Path:
     """The output folder, which can be written; it need not exist yet."""
     if not output_dir:
         raise InvalidInput(
-            f"{path}: output_dir is missing. Say where the run goes, such as output_dir: runs/{Path(path).stem}."
+            f"{path}: output_dir is missing. Say where the run goes, such as output_dir: runs/{Path(path).stem.replace(' ', '-')}."
         )
     output = Path(output_dir).expanduser().absolute()
     there = next(folder for folder in (output, *output.parents) if folder.exists())

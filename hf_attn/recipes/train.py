@@ -1,15 +1,15 @@
-"""Train a model family from scratch, check that it reloads to the same numbers, and pack it for the Hub.
+"""Train a model, from scratch or from a checkpoint, check that it reloads to the same numbers, and pack it for the Hub.
 
     result = train("configs/vit_ripple_digits.yaml", {"seed": 1})
     print(result)
 
-One run: data -> model -> Trainer -> test metrics -> `model/` (weights, config, processor, card, curve) -> reload through
-the Auto classes -> `hub/` (what would be uploaded). On several processes, only the first one writes.
+One run: data -> processor -> model -> Trainer -> test metrics -> `model/` (weights, config, processor, card, curve) ->
+reload through the Auto classes -> samples -> `hub/` (what would be uploaded). On several processes, only the first one
+writes.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 import time
@@ -18,23 +18,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_attn.errors import HfAttnError, InvalidOption, near
-from hf_attn.recipes.arguments import ModelArguments, Recipe, read
+from hf_attn.errors import InvalidOption, Unsupported
+from hf_attn.recipes.arguments import Recipe, read
 from hf_attn.recipes.curve import draw_curve
-from hf_attn.recipes.data import Source, source, to_pixels
+from hf_attn.recipes.data import Source, first_examples
+from hf_attn.recipes.data_hub import class_names, source_of
+from hf_attn.recipes.families import build_model, check_model, configure, new_model
+from hf_attn.recipes.launch import shard_layers, shard_on_cpu
+from hf_attn.recipes.reload import ReloadMismatch, check_reload
+from hf_attn.recipes.tasks import Setting, Task, longest, task_named
 
 if TYPE_CHECKING:
-    import torch
-    from datasets import Dataset
-    from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+    from transformers import PreTrainedModel, Trainer
 
     from hf_attn.hub.pack import Plan
+    from hf_attn.recipes.language import Sample
 
+__all__ = ["ReloadMismatch", "TrainResult", "check_model", "check_reload", "make_trainer", "prepare", "train"]
 CURVE = "training_curve.png"
-
-
-class ReloadMismatch(HfAttnError, RuntimeError):
-    """A saved model computes other numbers than the trained one."""
+NOT_PACKED = (
+    "Not packed for the Hub: hf_attn.hub packs models with a mechanism of hf_attn in a family of transformers only."
+)
 
 
 @dataclass(frozen=True)
@@ -43,28 +47,59 @@ class TrainResult:
 
     Attributes:
         model_dir: the saved model.
-        metrics: accuracy and loss on the validation and test splits.
-        reload_difference: largest difference of test logits, trained against reloaded; always 0.
+        metrics: the task's metrics and the loss on the validation and test splits.
+        reload_difference: largest difference of test outputs, trained against reloaded; always 0.
         seconds: wall time of the run.
-        plan: the folder packed for the Hub.
+        plan: the folder packed for the Hub; None for a family that hf_attn.hub cannot pack, such as gau.
+        auto_class: what the model was reloaded through.
+        samples: predictions for the first test examples.
     """
 
     model_dir: Path
     metrics: dict[str, float]
     reload_difference: float
     seconds: float
-    plan: Plan
+    plan: Plan | None
+    auto_class: str
+    samples: tuple[Sample, ...]
 
     def __str__(self) -> str:
-        numbers = "\n".join(f"{name.replace('_', ' '):<20}{value:.4f}" for name, value in self.metrics.items())
+        numbers = "\n".join(f"{name.replace('_', ' '):<24}{value:.4f}" for name, value in self.metrics.items())
+        shown = "".join(
+            f"given:     {sample.given}\nexpected:  {sample.expected}\npredicted: {sample.predicted}\n\n"
+            for sample in self.samples
+        )
         return (
-            f"{numbers}\nreloaded through AutoModelForImageClassification: largest difference of the test logits "
-            f"{self.reload_difference:g}\n{self.seconds:.0f} s, saved in {self.model_dir}\n\n{self.plan}"
+            f"{shown}{numbers}\nreloaded through {self.auto_class}: largest difference of the test outputs "
+            f"{self.reload_difference:g}\n{self.seconds:.0f} s, saved in {self.model_dir}\n\n{self.plan or NOT_PACKED}"
         )
 
 
-def train(config: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> TrainResult | None:
-    """Run the recipe in the YAML file `config`.
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a Trainer needs.
+
+    Attributes:
+        source: the data set.
+        task: with the label smoothing of the recipe in its loss.
+        setting: processor, config and names of classes.
+        raw: the splits as they were read.
+        data: the splits as a model takes them.
+        model: to be trained.
+    """
+
+    source: Source
+    task: Task
+    setting: Setting
+    raw: dict[str, Any]
+    data: dict[str, Any]
+    model: PreTrainedModel
+
+
+def train(
+    config: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> TrainResult | None:
+    """Run the recipe in the YAML file, or dict, `config`.
 
     Args:
         config: keys are the fields of ModelArguments, DataArguments and transformers.TrainingArguments.
@@ -74,198 +109,173 @@ def train(config: str | os.PathLike[str], overrides: Mapping[str, Any] | None = 
         The result on the main process, None on the others.
 
     Raises:
-        InvalidOption, InvalidInput, Unsupported, UnknownMechanism: something in the configuration; nothing was done.
+        InvalidOption, InvalidInput, Unsupported, UnknownMechanism: something in the configuration; nothing was trained.
         ReloadMismatch: the saved model is not the trained one.
     """
-    from transformers import set_seed
-
     from hf_attn.hub.probe import write_probe
+    from hf_attn.models.configuration import AttnConfigMixin
 
     started = time.perf_counter()
     recipe = read(config, overrides)
-    data_source = source(recipe.data.dataset)
-    check_model(recipe.model)
-    set_seed(recipe.training.seed)
-
-    raw = data_source.load(recipe.data.split_seed)
-    model_config = configure(recipe.model, raw["train"].features["labels"].names)
-    processor = image_processor(model_config)
-    data = to_pixels(raw, processor, recipe.data.max_examples)
-    model = build_model(model_config)
-    trainer = make_trainer(model, recipe, data)
+    prepared = prepare(recipe)
+    trainer = make_trainer(recipe, prepared)
     trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
-    metrics = measure(trainer, data)
-
-    folder = recipe.output / "model"
+    metrics = measure(trainer, prepared)
     weights = trainer.accelerator.get_state_dict(trainer.model)
-    trained = trainer.accelerator.unwrap_model(trainer.model)
     if not trainer.is_world_process_zero():
         trainer.accelerator.wait_for_everyone()
         return None
+    trained = whole_model(trainer, prepared, weights)
+    folder = recipe.output / "model"
     # the card says that the model reloads to the same numbers, so an earlier run's must not outlive a failed check
     (folder / "README.md").unlink(missing_ok=True)
-    trained.save_pretrained(folder, state_dict=weights)
-    processor.save_pretrained(folder)
+    trained.save_pretrained(folder)
+    prepared.setting.processor.save_pretrained(folder)
     write_probe(trained, folder)
-    draw_curve(trainer.state.log_history, folder / CURVE, f"{recipe.name}: {len(data['train'])} training examples")
-    difference = check_reload(trained, folder, raw["test"], data["test"], recipe.training.per_device_eval_batch_size)
-    write_card(folder, recipe, data_source, {name: len(split) for name, split in data.items()}, trained, metrics)
-    result = TrainResult(folder, metrics, difference, time.perf_counter() - started, pack_run(recipe, folder))
+    history, names = trainer.state.log_history, prepared.task.objective.names
+    draw_curve(history, folder / CURVE, f"{recipe.name}{_examples(prepared)}", names)
+    difference = check_reload(
+        trained,
+        folder,
+        prepared.raw["test"],
+        prepared.data["test"],
+        recipe.training.per_device_eval_batch_size,
+        prepared.task,
+        prepared.setting,
+    )
+    samples = tuple(prepared.task.show(trained.eval(), prepared.setting, prepared.raw["test"], prepared.data["test"]))
+    write_card(folder, recipe, prepared, trained, metrics, samples)
+    plan = pack_run(recipe, folder) if isinstance(trained.config, AttnConfigMixin) else None
+    seconds = time.perf_counter() - started
+    result = TrainResult(folder, metrics, difference, seconds, plan, prepared.task.auto_class, samples)
     trainer.accelerator.wait_for_everyone()
     return result
 
 
-FAMILIES = {"vit": ("AttnViTConfig", "AttnViTForImageClassification")}
-"""Family -> its config and model class in `hf_attn`."""
+def prepare(recipe: Recipe) -> Prepared:
+    """Data, processor and model of a recipe; what can be refused without data is refused first."""
+    from transformers import set_seed
 
-
-def check_model(arguments: ModelArguments) -> None:
-    """Raise for a family, mechanism, option or config field that does not exist or does not fit the others."""
-    import torch
-
-    import hf_attn
-
-    if arguments.family not in FAMILIES:
+    source = source_of(recipe.data)
+    if not (recipe.data.task or source.task):
+        raise InvalidOption(f"task is missing: {source.name} is not embedded, so the recipe must say what it is for.")
+    task = task_named(recipe.data.task or source.task).smoothed(recipe.training.label_smoothing_factor)
+    check_model(recipe.model, task)
+    if recipe.data.streaming and recipe.training.max_steps < 1:
         raise InvalidOption(
-            f"family={arguments.family!r} has no training recipe{near(arguments.family, FAMILIES)}. Known: {', '.join(FAMILIES)}."
+            f"max_steps={recipe.training.max_steps!r} must be set where streaming: true: a stream has no length."
         )
-    known = [f.name for f in dataclasses.fields(getattr(hf_attn, FAMILIES[arguments.family][0]))]
-    for key in arguments.config:
-        if key not in known:
-            raise InvalidOption(f"config: unknown field {key!r}{near(key, known)} of {FAMILIES[arguments.family][0]}.")
-    config = configure(arguments, ["0", "1"])
-    image_processor(config)
-    try:
-        # a model without memory: options are checked against the sizes they must fit
-        with torch.device("meta"):
-            build_model(config)
-    except HfAttnError:
-        raise
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise InvalidOption(f"config: no model can be built with these values: {error}.") from error
+    if recipe.data.streaming and task.images:
+        raise Unsupported(f"task {task.name}", "streaming is for text", "Set streaming: false")
+    set_seed(recipe.training.seed)
+
+    raw = first_examples(source.load(recipe.data.split_seed, **recipe.data.dataset_options), recipe.data.max_examples)
+    task.check_columns(source.name, raw)
+    labels = class_names(raw) if task.classes else []
+    processor, fields = task.processor(recipe, source, raw)
+    config = configure(recipe.model, labels, fields)
+    task.check_sizes(config, processor, longest(raw, recipe.data))
+    setting = Setting(processor, config, recipe.data, recipe.training.seed, labels)
+    data = task.prepare(raw, setting)
+    model = build_model(recipe.model, config, task)
+    source = dataclasses.replace(source, task=task.name)
+    return Prepared(source, task, setting, raw, data, model)
 
 
-def configure(arguments: ModelArguments, labels: list[str]) -> PreTrainedConfig:
-    """The config of the model, with the names of the data's labels."""
-    from huggingface_hub.errors import StrictDataclassError
+def make_trainer(recipe: Recipe, prepared: Prepared) -> Trainer:
+    """A Trainer with the task's loss and metrics."""
+    from transformers.trainer_callback import ProgressCallback
 
-    import hf_attn
+    from hf_attn.recipes.progress import LiveLine, Redraw
+    from hf_attn.recipes.safe_trainer import SafeTrainer
 
-    config_class = getattr(hf_attn, FAMILIES[arguments.family][0])
-    try:
-        return config_class(
-            **arguments.config,
-            id2label=dict(enumerate(labels)),
-            label2id={label: index for index, label in enumerate(labels)},
-            attn_implementation=arguments.attn_implementation,
-            attention_options=arguments.attention_options,
-        )
-    except HfAttnError:
-        raise
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise InvalidOption(f"config: {config_class.__name__} refuses a field: {error}") from error
-
-
-def build_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A freshly initialised model of the family whose config this is."""
-    import hf_attn
-
-    model_class = next(model for name, model in FAMILIES.values() if isinstance(config, getattr(hf_attn, name)))
-    return getattr(hf_attn, model_class)(config)
-
-
-def image_processor(config: PreTrainedConfig) -> Any:
-    """The image processor of ViT that scales pictures to what `config` takes, with pixels from -1 to 1."""
-    from transformers import ViTImageProcessorPil
-
-    if config.num_channels != 3:
-        raise InvalidOption(
-            f"config: num_channels={config.num_channels!r} must be 3: pictures are handed over as RGB, also by pipelines."
-        )
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-
-
-def make_trainer(model: PreTrainedModel, recipe: Recipe, data: Mapping[str, Dataset]) -> Trainer:
-    """A Trainer that measures accuracy on the validation split."""
-    from transformers import Trainer, default_data_collator
-
-    def accuracy(prediction: Any) -> dict[str, float]:
-        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-    return Trainer(
-        model=model,
-        args=recipe.training,
-        train_dataset=data["train"],
-        eval_dataset=data["validation"],
-        data_collator=default_data_collator,
-        compute_metrics=accuracy,
+    arguments = recipe.training
+    if arguments.label_names is None:
+        arguments.label_names = ["labels"]
+    shard_on_cpu(arguments)
+    trainer = SafeTrainer(
+        model=prepared.model,
+        args=arguments,
+        train_dataset=prepared.data["train"],
+        eval_dataset=prepared.data["validation"],
+        data_collator=prepared.task.collator(prepared.setting),
+        compute_loss_func=prepared.task.objective.loss,
+        compute_metrics=prepared.task.objective.metrics,
+        preprocess_logits_for_metrics=prepared.task.objective.sums,
     )
+    shard_layers(trainer)
+    if not arguments.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LiveLine())
+    if hasattr(prepared.data["train"], "redraw"):
+        trainer.add_callback(Redraw(prepared.data["train"]))
+    return trainer
 
 
-def measure(trainer: Trainer, data: Mapping[str, Dataset]) -> dict[str, float]:
-    """Accuracy and loss of the trained model on the validation and test splits."""
+def whole_model(trainer: Trainer, prepared: Prepared, weights: Mapping[str, Any]) -> PreTrainedModel:
+    """The trained model on one process; where it was sharded, a new one with the gathered weights."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        model: Any = new_model(prepared.model.config, prepared.task)
+        model.load_state_dict(weights)
+        return model
+    # without the wrapper that computes in half precision: a model is saved, and used, in its own
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+
+
+def measure(trainer: Trainer, prepared: Prepared) -> dict[str, float]:
+    """The task's metrics and the loss of the trained model on the validation and test splits."""
     metrics: dict[str, float] = {}
     for split in ("validation", "test"):
-        found = trainer.evaluate(data[split], metric_key_prefix=split)
-        metrics |= {f"{split}_{name}": found[f"{split}_{name}"] for name in ("accuracy", "loss")}
+        found = trainer.evaluate(prepared.data[split], metric_key_prefix=split)
+        metrics |= {f"{split}_{name}": found[f"{split}_{name}"] for name in (*prepared.task.objective.names, "loss")}
     return metrics
 
 
-def logits_of(model: PreTrainedModel, data: Dataset, batch_size: int) -> torch.Tensor:
-    """Logits of every example, in order, on the model's device."""
-    import torch
-
-    model.eval()
-    with torch.no_grad():
-        batches = (batch["pixel_values"].to(model.device, model.dtype) for batch in data.iter(batch_size))
-        return torch.cat([model(pixel_values=pixels).logits for pixels in batches])
-
-
-def check_reload(trained: PreTrainedModel, folder: Path, raw: Dataset, data: Dataset, batch_size: int) -> float:
-    """Largest difference of logits between `trained` and what the Auto classes load from `folder`: 0, or an error."""
-    from transformers import AutoModelForImageClassification
-
-    # from its own module: transformers 5.17 hides the public name where torchvision is missing
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-    # a copy: weights read from a file lie at odd addresses, which changes the rounding of a matrix product
-    reloaded = copy.deepcopy(AutoModelForImageClassification.from_pretrained(folder)).to(trained.device)
-    difference = (logits_of(trained, data, batch_size) - logits_of(reloaded, data, batch_size)).abs().max().item()
-    if difference != 0:
-        raise ReloadMismatch(
-            f"the model saved in {folder} computes other logits than the trained one (largest difference {difference:g} over "
-            f"{len(data)} test examples). Do not publish it: some of its weights or options were not saved."
-        )
-    # another backend of the same processor may differ in the last bits
-    pixels = AutoImageProcessor.from_pretrained(folder)([raw[0]["image"]], return_tensors="pt")["pixel_values"]
-    if (pixels[0] - data[0]["pixel_values"]).abs().max().item() > 1e-5:
-        raise ReloadMismatch(f"the image processor saved in {folder} makes other pixels than the one used in training.")
-    return difference
+def _examples(prepared: Prepared) -> str:
+    train = prepared.data["train"]
+    return f": {len(train)} training examples" if hasattr(train, "__len__") else ""
 
 
 def write_card(
-    folder: Path, recipe: Recipe, data: Source, sizes: dict[str, int], model: PreTrainedModel, metrics: dict[str, float]
+    folder: Path,
+    recipe: Recipe,
+    prepared: Prepared,
+    model: PreTrainedModel,
+    metrics: dict[str, float],
+    samples: tuple[Sample, ...],
 ) -> None:
     """Write the model card, README.md."""
     from hf_attn.hub.card import CardFacts, model_card
 
+    sizes = {name: len(split) for name, split in prepared.data.items() if hasattr(split, "__len__")}
     facts = CardFacts(
         name=recipe.name,
         repo_id=recipe.training.hub_model_id,
         config=model.config,
         parameters=model.num_parameters(),
-        dataset=data,
+        dataset=prepared.source,
         split_sizes=sizes,
         split_seed=recipe.data.split_seed,
-        arguments=recipe.given,
+        arguments=without_folders(recipe.given),
         metrics=metrics,
         best_checkpoint=recipe.training.load_best_model_at_end,
         notes=recipe.data.notes,
         curve=CURVE,
+        samples=samples,
+        base_model=without_folders(recipe.model.model),
+        # a checkpoint's license goes on to what is made from it, and is not known here
+        license=None if recipe.model.model else "apache-2.0",
     )
     (folder / "README.md").write_text(str(model_card(facts)), encoding="utf-8")
+
+
+def without_folders(value: Any) -> Any:
+    """Arguments whose paths are names only: a folder of one machine says nothing to a reader."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_folders(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def pack_run(recipe: Recipe, folder: Path) -> Plan:

@@ -6,6 +6,7 @@ installed package nor this repository can help.
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from small import ABSENT, BERT, process
 
 import hf_attn
-from hf_attn.errors import InvalidInput
+from hf_attn.errors import InvalidInput, InvalidOption
 from hf_attn.hub import vendor
 from hf_attn.hub.code import shim, versions, write_code
 from hf_attn.hub.pack import pack
@@ -210,3 +211,20 @@ def test_the_shim_refuses_a_version_that_is_too_old(model, tmp_path, monkeypatch
 def test_unknown_kinds_of_code_are_refused(model, tmp_path):
     with pytest.raises(InvalidInput, match="must be one of shim, vendored"):
         write_code(tmp_path, model.config, "none")
+
+
+def test_a_checkpoint_of_a_newer_package_is_loaded_with_a_warning(shimmed, tmp_path, monkeypatch):
+    folder, auto = shimmed
+    stored = json.loads((Path(folder) / "config.json").read_text())
+    assert stored["hf_attn_version"] == hf_attn.__version__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = getattr(transformers, auto).from_pretrained(folder)
+    model.save_pretrained(tmp_path / "again")
+    assert not {"hf_attn_version", "auto_map"} & json.loads((tmp_path / "again" / "config.json").read_text()).keys()
+    monkeypatch.setattr(hf_attn, "__version__", "0.0.9")
+    with pytest.warns(UserWarning, match=r"published with hf_attn 0\.1\.0, and 0\.0\.9 is installed"):
+        getattr(transformers, auto).from_pretrained(folder)
+    (Path(folder) / "config.json").write_text(json.dumps({**stored, "hf_attn_version": [1]}))
+    with pytest.raises(InvalidOption, match="not a version"):
+        getattr(transformers, auto).from_pretrained(folder)

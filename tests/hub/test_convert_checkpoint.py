@@ -46,6 +46,40 @@ def test_weights_stay_and_the_choice_is_saved(stock, tmp_path):
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
 
+LLAMA = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 16, "max_position_embeddings": 32}  # fmt: skip
+VIT = {"image_size": 8, "patch_size": 2, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "mechanism", "auto"),
+    [
+        (lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)), "rfa", "AutoModelForCausalLM"),
+        (lambda: transformers.LlamaModel(transformers.LlamaConfig(**LLAMA)), "hypercube", "AutoModel"),
+        (lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VIT)), "ripple", "AutoModelForImageClassification"),
+        (lambda: transformers.RobertaModel(transformers.RobertaConfig(**BERT, pad_token_id=1)), "lara", "AutoModel"),
+    ],
+)  # fmt: skip
+def test_other_families(model, mechanism, auto, tmp_path):
+    model().save_pretrained(tmp_path / "stock")
+    done = convert_checkpoint(tmp_path / "stock", mechanism, tmp_path / "out")
+    assert done.layers == (mechanism,) * 2
+    assert type(getattr(transformers, auto).from_pretrained(done.folder)).__name__.startswith("Attn")
+    assert f"{auto}.from_pretrained" in (done.folder / "README.md").read_text()
+    assert publish(done.folder, REPO, vendored=True, dry_run=True).state == "dry run"
+
+
+def test_the_fidelity_goes_into_the_card(stock, tmp_path):
+    batches = [{"input_ids": torch.randint(1, 59, (2, 12)), "attention_mask": torch.ones(2, 12, dtype=torch.long)}]
+    done = convert_checkpoint(stock, "hypercube", tmp_path / "out", held_out=lambda model, folder: batches)
+    card = (done.folder / "README.md").read_text()
+    report = json.loads((done.folder / "fidelity.json").read_text())
+    assert f"| embedding cosine, 12 tokens | {report['lengths'][0]['embedding_cosine']:.4f} |" in card
+    assert "Compared with `bert` in float64 on 2 held-out examples." in card and "](fidelity.png)" in card
+    assert "was not measured" not in card
+    files = {file["path"] for file in publish(done.folder, REPO, dry_run=True).files}
+    assert {"fidelity.json", "fidelity.png"} <= files
+
+
 def test_the_seed_decides_what_is_drawn(stock, tmp_path):
     weights = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

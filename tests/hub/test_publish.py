@@ -24,7 +24,7 @@ from hf_attn.cli import app
 from hf_attn.errors import InvalidInput, PublishFailed, Unsupported
 from hf_attn.hub import publish, talk
 from hf_attn.hub.check import PROBE
-from hf_attn.hub.pack import pack
+from hf_attn.hub.pack import entry_of, pack
 from hf_attn.hub.probe import answer, write_probe
 from hf_attn.hub.upload import Target, _upload
 
@@ -427,6 +427,24 @@ def test_planted_secrets_and_pickles_are_refused(hub, folder):
     (folder / "training_args.bin").write_bytes(pickle.dumps({}))
     with pytest.raises(Unsupported, match="pickles"):
         publish(folder, REPO)
+    assert hub.requests == []
+
+
+def test_a_packed_folder_is_published_as_it_is_after_every_check(hub, plan):
+    assert publish(plan.folder, REPO).state == "published"
+    assert {entry["path"]: entry["sha256"] for entry in publish(plan.folder, REPO).files} == {entry["path"]: entry["sha256"] for entry in plan.files}  # fmt: skip
+    with pytest.raises(InvalidInput, match="packed without its code"):
+        publish(plan.folder, REPO, vendored=True)
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [("notes.txt", b"mine", "no file that is published"), ("README.md", f"\n{TOKEN}".encode(), "README.md:2"), ("a.pkl", b"", "no file")])  # fmt: skip
+def test_a_manifest_made_by_hand_opens_no_door(hub, plan, name, content, message):
+    (plan.folder / name).write_bytes(content)
+    manifest = json.loads((plan.folder / "manifest.json").read_text())
+    entries = [entry for entry in manifest["files"] if entry["path"] != name] + [entry_of(plan.folder, name)]
+    (plan.folder / "manifest.json").write_text(json.dumps({**manifest, "files": entries}))
+    with pytest.raises(InvalidInput, match=message):
+        publish(plan.folder, REPO)
     assert hub.requests == []
 
 

@@ -434,7 +434,7 @@ def test_families_take_their_recipe_and_gpt2_refuses():
     for out in (vit(small), vit(large, interpolate_pos_encoding=True)):
         assert out.last_hidden_state.isfinite().all()
 
-    with pytest.raises(Unsupported, match="causal.*rfa"):
+    with pytest.raises(Unsupported, match="causal.*rfa.*eva"):
         hf_attn.convert(GPT2LMHeadModel(GPT2Config(**GPT2)), "lara")
 
 

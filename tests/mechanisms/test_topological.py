@@ -28,6 +28,8 @@ MASKS = {
     "toeplitz exp_table": {"mask_type": "toeplitz", "max_length": 12, "parametrization": "exp_table"},
     "toeplitz exp_poly": {"mask_type": "toeplitz", "parametrization": "exp_poly", "poly_degree": 3},
     "decay": {"mask_type": "decay"},
+    "low rank": {"mask_type": "low_rank", "max_length": 16, "rank": 3},
+    "low rank exp_table": {"mask_type": "low_rank", "max_length": 16, "parametrization": "exp_table"},
     "grid": {"mask_type": "block_toeplitz", "grid_size": (3, 4)},
     "grid exp_poly": {"mask_type": "block_toeplitz", "grid_size": [4, 3], "parametrization": "exp_poly"},
     "one row": {"mask_type": "block_toeplitz", "grid_size": (1, 12), "parametrization": "exp_table"},
@@ -39,6 +41,7 @@ MASKS = {
     "heat of a graph": {"mask_type": "heat", "edges": EDGES, "num_nodes": 12},
 }
 SEQUENCES = ["none", "toeplitz", "toeplitz exp_table", "toeplitz exp_poly", "decay"]
+LOW_RANK = ["low rank", "low rank exp_table"]
 GRIDS = ["grid", "grid exp_poly", "one row"]
 FEATURES = ["relu", "elu", "favor"]
 
@@ -117,7 +120,7 @@ def test_01_every_form_equals_the_definition(mask, features, form, monkeypatch):
     built = module(mask, feature_map=features, **use(monkeypatch, form))
     for masked in (False, True):
         forms_agree(built, masked=masked)
-        if mask in SEQUENCES:
+        if mask in (*SEQUENCES, *LOW_RANK):
             for n in (1, 2, 7):
                 forms_agree(built, n, masked=masked and n > 2)
         else:
@@ -138,6 +141,11 @@ def test_01_causal_and_cross_calls(features, form, monkeypatch):
             if mask != "decay":
                 forms_agree(built, 5, 12, masked=masked)
                 forms_agree(built, 12, 5, masked=masked)
+    for mask in LOW_RANK:
+        built = module(mask, feature_map=features, **pieces)
+        for n, m in ((5, 12), (12, 5)):
+            forms_agree(built, n, m)
+            forms_agree(built, n, m, masked=True)
     for mask in GRIDS if not by_fft else ():
         built = module(mask, feature_map=features, **pieces)
         for prefix in (0, 1, 2):
@@ -244,6 +252,46 @@ def test_05_the_start_is_unmasked_attention(mask):
         if features == "favor":
             plain.random_projection.copy_(built.random_projection)
         agree(built(*qkv), plain(*qkv))
+
+
+@pytest.mark.parametrize("mask", LOW_RANK)
+def test_low_rank_starts_close_to_unmasked_attention_and_its_columns_apart(mask):
+    for features in ("relu", "elu"):
+        built, plain = module(mask, feature_map=features), module("none", feature_map=features)
+        built.reset_parameters()
+        qkv = tokens()
+        torch.testing.assert_close(built(*qkv), plain(*qkv), rtol=0, atol=0.1)
+        columns = torch.autograd.grad(built(*qkv).square().sum(), built.mask_factors)[0].unbind(-1)
+        assert (columns[0] - columns[1]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("form", ["dense", "tiled", "structured"])
+def test_low_rank_equals_the_mask_written_out(form, monkeypatch):
+    built, (q, k, v) = module("low rank", feature_map="elu", **use(monkeypatch, form)), tokens()
+    factors = built.mask_factors.detach()[:, :12].abs()
+    mask = torch.stack([f @ f.T for f in factors])
+    weights = mask * ((q / D**0.5).exp().where(q < 0, q / D**0.5 + 1) @ k.exp().where(k < 0, k + 1).mT)
+    agree(built(q, k, v), weights / weights.sum(-1, keepdim=True) @ v)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("form", ["dense", "tiled", "structured"])
+def test_low_rank_padded_equals_truncated(features, form, monkeypatch):
+    built, (q, k, v) = module("low rank", feature_map=features, **use(monkeypatch, form)), tokens()
+    real = torch.arange(12) < torch.tensor([[7], [12]])
+    out = built(q, k, v, key_padding_mask=real)
+    agree(out[:1, :, :7], built(*(x[:1, :, :7] for x in (q, k, v))))
+    agree(out[1:], built(*(x[1:] for x in (q, k, v))))
+
+
+@pytest.mark.parametrize("form", ["dense", "tiled", "structured"])
+def test_low_rank_factors_of_zero_are_finite(form, monkeypatch):
+    built, qkv = module("low rank", feature_map="elu", **use(monkeypatch, form)), tokens(grad=True)
+    with torch.no_grad():
+        built.mask_factors[..., 0] = 0
+        built.mask_factors[:, 4] = 0
+    forms_agree(built)
+    assert (built(*qkv)[:, :, 4] == 0).all(), "a row of zero sum"
 
 
 @pytest.mark.parametrize("mask", ["heat", "heat of a graph"])
@@ -409,12 +457,12 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("mask,form", [("toeplitz", "tiled"), ("grid", "tiled"), ("decay", "structured"), ("none", "dense"), ("forest", "tiled"), ("heat", "tiled")])  # fmt: skip
+@pytest.mark.parametrize("mask,form", [("toeplitz", "tiled"), ("grid", "tiled"), ("decay", "structured"), ("none", "dense"), ("forest", "tiled"), ("heat", "tiled"), ("low rank", "tiled"), ("low rank", "structured")])  # fmt: skip
 def test_long_calls_make_no_matrix_of_all_pairs(mask, form, monkeypatch):
     n, pieces = 1024, use(monkeypatch, form, numbers=1 << 15)
     monkeypatch.setattr(functional_masks, "DECAY_CHUNK", 32)
     structure = {
-        "toeplitz": {"max_length": n}, "grid": {"grid_size": (32, 32)},
+        "toeplitz": {"max_length": n}, "low rank": {"max_length": n}, "grid": {"grid_size": (32, 32)},
         "forest": {"parent": [(i - 1) // 2 for i in range(n)], "edge_lengths": None}, "heat": {"grid_size": (32, 32)},
     }  # fmt: skip
     built = module(mask, **pieces, **structure.get(mask, {}))
@@ -428,13 +476,16 @@ def test_long_calls_make_no_matrix_of_all_pairs(mask, form, monkeypatch):
 
 def test_forms_are_chosen_by_length(monkeypatch):
     qkv, called = tokens(), []
-    for name in ("tiled", "masked_sums", "decay_attention"):
+    for name in ("tiled", "masked_sums", "factored_sums", "decay_attention"):
         original = getattr(functional_masks, name)
         monkeypatch.setattr(functional_masks, name, lambda *a, _n=name, _f=original, **k: called.append(_n) or _f(*a, **k))  # fmt: skip
-    monkeypatch.setattr(topological, "STRUCTURED_FROM", {"toeplitz": 12, "tree": 12, "decay": 12, "block_toeplitz": 13})
+    monkeypatch.setattr(
+        topological, "STRUCTURED_FROM", {"toeplitz": 12, "tree": 12, "decay": 12, "block_toeplitz": 13, "low_rank": 4}
+    )
     for mask, least, expected in (
         ("toeplitz", 12, "masked_sums"), ("toeplitz", 13, "tiled"), ("forest", 0, "masked_sums"),
         ("decay", 12, "decay_attention"), ("decay", 13, "tiled"), ("grid", 0, "tiled"), ("heat", 0, "tiled"),
+        ("low rank", 12, "factored_sums"), ("low rank", 13, "tiled"), ("low rank exp_table", 0, "tiled"),
     ):  # fmt: skip
         called.clear()
         module(mask, fft_min_length=least)(*qkv)
@@ -456,7 +507,7 @@ def test_compile_and_export(mask):
 
 
 def test_compile_of_the_structured_forms(monkeypatch):
-    for mask in ("toeplitz", "grid", "forest", "decay"):
+    for mask in ("toeplitz", "grid", "forest", "decay", "low rank"):
         built, qkv = module(mask, **use(monkeypatch, "structured")), tokens()
         torch._dynamo.reset()
         compiled = torch.compile(built, fullgraph=True, backend="eager")
@@ -471,7 +522,7 @@ def test_state_dict_and_start():
         "none": {}, "toeplitz": {"table": (H, 31)}, "toeplitz exp_table": {"table": (H, 23)},
         "toeplitz exp_poly": {"coefficients": (H, 3)}, "decay": {"log_decay_rate": (H,)}, "grid": {"table": (H, 5, 7)},
         "grid exp_poly": {"coefficients": (H, 2)}, "one row": {"table": (H, 1, 23)}, "forest": {"log_decay_rate": (H,)},
-        "graph kernel": {"node_features": (12, 12)}, "heat": {"heat_time": (H,)},
+        "low rank": {"mask_factors": (H, 16, 3)}, "graph kernel": {"node_features": (12, 12)}, "heat": {"heat_time": (H,)},
     }  # fmt: skip
     for mask, expected in shapes.items():
         built = hf_attn.build("topological", num_heads=H, head_dim=D, **MASKS[mask])
@@ -518,7 +569,8 @@ def test_built_on_meta_and_filled_later():
      {"mask_type": "heat", "edges": [(0, 1)], "num_nodes": 3, "grid_size": (2, 2)}, {"mask_type": "graph_kernel", "grid_size": (2, 2), "walk_stop": 1.5},
      {"mask_type": "graph_kernel", "grid_size": (2, 2), "walk_sampling": "some"}, {"mask_type": "graph_kernel", "grid_size": (2, 2), "walk_length": 0},
      {"mask_type": "decay", "max_length": 64}, {"mask_type": "heat", "grid_size": (2, 2), "walk_length": 3}, {"grid_size": (2, 2)},
-     {"num_features": 8}, {"feature_map": "favor", "num_features": 0}, {"masktype": "none"}],
+     {"mask_type": "low_rank", "rank": 0}, {"mask_type": "low_rank", "parametrization": "exp_poly"}, {"mask_type": "low_rank", "poly_degree": 3},
+     {"rank": 2}, {"num_features": 8}, {"feature_map": "favor", "num_features": 0}, {"masktype": "none"}],
     ids=str,
 )  # fmt: skip
 def test_refused_options(options):
@@ -542,6 +594,8 @@ def test_lengths_of_roots_are_ignored():
         ("forest", 12, 12, {"is_causal": True}, Unsupported, "is_causal"),
         ("graph kernel", 12, 12, {"is_causal": True}, Unsupported, "is_causal"),
         ("heat", 12, 12, {"is_causal": True}, Unsupported, "is_causal"),
+        ("low rank", 12, 12, {"is_causal": True}, Unsupported, "is_causal"),
+        ("low rank", 17, 4, {}, InvalidInput, "max_length=16"),
         ("toeplitz", 17, 17, {}, InvalidInput, "max_length=16"),
         ("toeplitz", 4, 17, {}, InvalidInput, "max_length=16"),
         ("toeplitz exp_table", 1, 13, {"is_causal": True}, InvalidInput, "max_length=12"),
@@ -561,7 +615,7 @@ def test_refused_calls(mask, n, m, call, error, match):
 
 
 def test_prefix_tokens_of_a_sequence_are_ordinary_tokens():
-    for mask in SEQUENCES:
+    for mask in (*SEQUENCES, *LOW_RANK):
         built, qkv = module(mask), tokens()
         assert torch.equal(built(*qkv, num_prefix_tokens=3, grid=(3, 3)), built(*qkv))
 
@@ -570,8 +624,8 @@ def test_capabilities_of_every_mask():
     described = {m: TopologicalAttention.describe(TopologicalOptions.parse(**MASKS[m])) for m in MASKS}
     assert {m for m, c in described.items() if c.causal} == {*SEQUENCES, *GRIDS}
     assert {m for m, c in described.items() if c.decode == "constant state"} == {"none", "decay"}
-    assert {m for m, c in described.items() if c.packed} == set(SEQUENCES)
-    assert {m for m, c in described.items() if c.prefix_tokens} == set(MASKS) - set(SEQUENCES)
+    assert {m for m, c in described.items() if c.packed} == {*SEQUENCES, *LOW_RANK}
+    assert {m for m, c in described.items() if c.prefix_tokens} == set(MASKS) - {*SEQUENCES, *LOW_RANK}
     assert {m for m, c in described.items() if c.grid == "used"} == {*GRIDS, "walks", "heat"}
     assert described["walks"].random and not described["graph kernel"].random
 
@@ -591,6 +645,7 @@ def test_host_defaults():
     assert fill({"mask_type": "toeplitz"}) == {}
     assert fill(causal=True, max_length=128) == {"mask_type": "decay"}
     assert fill({"max_length": 64}, causal=True) == {"mask_type": "toeplitz"}
+    assert fill({"rank": 2}, max_length=128) == {"mask_type": "low_rank", "max_length": 128}
     assert fill({"feature_map": "elu"}, causal=True) == {"mask_type": "decay"}
 
 

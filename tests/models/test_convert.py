@@ -184,3 +184,49 @@ def test_the_encoder_of_a_converted_model_is_one_of_ours():
     assert type(model.bert).__name__ == "AttnBertModel"
     assert isinstance(model, transformers.BertForMaskedLM)
     assert type(AutoModel.from_config(model.config)).__name__ == "AttnBertModel"
+
+
+def bart():
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}  # fmt: skip
+    torch.manual_seed(4)
+    config = transformers.BartConfig(
+        **sizes, **TEXT, encoder_ffn_dim=64, decoder_ffn_dim=64, decoder_start_token_id=1, forced_eos_token_id=None
+    )
+    return transformers.BartForConditionalGeneration(config).double().eval()
+
+
+def test_encoder_decoder_attention_has_an_entry_of_its_own(tmp_path):
+    model, generator = bart(), torch.Generator().manual_seed(2)
+    source, target = (torch.randint(3, 99, (2, n), generator=generator) for n in (9, 6))
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    call = {"input_ids": source, "attention_mask": mask, "decoder_input_ids": target}
+    before = model(**call).logits
+    cross = {"name": "generalized", "beta": "1010"}
+    hf_attn.convert(model, {"default": "generalized", "cross": cross})
+    for path, module in attention_modules(model).items():
+        assert module.mechanism.options.beta == ("1010" if path.endswith("encoder_attn") else "1111")
+    # u and V^R start at zero
+    torch.testing.assert_close(model(**call).logits, before, rtol=1e-10, atol=1e-10)
+    for module in attention_modules(model).values():
+        torch.nn.init.normal_(module.mechanism.key_bias)
+    after = model(**call).logits
+    assert (after - before).abs().max() > 1e-6
+    cut = model(input_ids=source[1:, :6], decoder_input_ids=target[1:]).logits
+    torch.testing.assert_close(after[1:], cut, rtol=1e-10, atol=1e-10)
+    steps = model.generate(input_ids=source, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    plain = model.generate(
+        input_ids=source, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False, use_cache=False
+    )
+    assert torch.equal(steps, plain)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).double().eval()
+    assert loaded.config.attention["cross"] == cross
+    torch.testing.assert_close(loaded(**call).logits, after, rtol=1e-9, atol=1e-9)
+
+
+def test_encoder_decoder_attention_refuses_positions_and_a_model_without_it_the_key():
+    with pytest.raises(Unsupported, match="generalized"):
+        hf_attn.convert(bart(), "generalized")
+    with pytest.raises(InvalidOption, match="'cross'.*no encoder-decoder attention"):
+        hf_attn.convert(stock("bert"), {"default": "softmax", "cross": "rfa"})

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from test_gau import HEADS, KINDS, inputs_of, model_of
+from test_gau_models import HEADS, KINDS, inputs_of, model_of
 from transformers import AutoImageProcessor, Trainer, TrainingArguments, ViTImageProcessorPil, pipeline
 
 import hf_attn

@@ -157,11 +157,12 @@ def _flex(request: Request) -> Tensor:
 
 
 _TABLE = (
-    Backend("triton", missing_triton, _triton_accepts, _triton, automatic=not INTERPRETED),
+    # these two only when asked for by name, until their speed has been measured on a GPU
+    Backend("triton", missing_triton, _triton_accepts, _triton, automatic=False),
     Backend("flex", _missing_flex, _flex_accepts, _flex, builtin=True, automatic=False),
     Backend("gathered", always, always, lambda request: request.gathered(), builtin=True),
 )
 BACKENDS = tuple(backend.name for backend in _TABLE)
-"""Names of the backends, in order of preference. "auto" takes triton on CUDA tensors where it can, gathered otherwise."""
+"""Names of the backends. "auto" takes gathered."""
 
 probe("hypercube_attention", _TABLE)

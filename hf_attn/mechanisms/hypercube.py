@@ -40,7 +40,7 @@ class HypercubeOptions(Options):
     Attributes:
         block_size: tokens of one place; 1 puts every token on a corner of its own.
         num_global_tokens: that many leading tokens stand outside the cube, see all and are seen by all.
-        backend: "auto" takes the first that can run; a name fails loudly where it cannot. See `hf-attn doctor`.
+        backend: "auto" takes gathered blocks; a name fails loudly where it cannot run. See `hf-attn doctor`.
     """
 
     mechanism: ClassVar[str] = "hypercube"

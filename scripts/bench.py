@@ -15,8 +15,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("names", nargs="*", help="mechanisms or other packages; all of them by default")
-    add("--lengths", nargs="+", type=int, help="tokens; 512 1024 2048 4096, or 128 for a model")
-    add("--model", help="whole models: bert, gpt2, vit, a folder or a Hub id")
+    add("--lengths", nargs="+", type=int, help="tokens; 512 1024 2048 4096, or 128 for a model; pixels for resnet, 224")
+    add("--model", help="whole models: bert, gpt2, vit, resnet, a folder or a Hub id")
     add("--layers", type=int, default=4, help="layers of a model built from sizes")
     add("--batch", type=int, help="1, or 4 for a model")
     add("--heads", type=int, help="4, or 12 for a model")

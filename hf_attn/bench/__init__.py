@@ -3,6 +3,7 @@
     from hf_attn import bench
     report = bench.run(["rfa", "lara:num_landmarks=49"], lengths=[1024, 2048])       # attention alone, against SDPA
     report = bench.run(["softmax", "rfa"], model="bert")                             # whole models, against the stock one
+    report = bench.run(["aa_resnet:depth=50"], model="resnet")                       # AA-ResNets, against the ResNet
 
 `run` is all of it. Its parts: a `Workload` sets up, runs and verifies; `measure` makes the `Row` of one `Case`;
 `sweep` goes through many; a `Report` prints and writes them.
@@ -24,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hf_attn.bench.checks import Mismatch
 from hf_attn.bench.gate import Limits, Row, cells, measure, sweep
+from hf_attn.bench.images import ResNetWorkload
 from hf_attn.bench.memory import Memory, peak_memory
 from hf_attn.bench.models import FAMILIES, ModelWorkload, checkpoint, title
 from hf_attn.bench.peers import PEERS, PeerWorkload
@@ -46,6 +48,7 @@ __all__ = [
     "ModelWorkload",
     "PeerWorkload",
     "Report",
+    "ResNetWorkload",
     "Row",
     "Spread",
     "UnitWorkload",
@@ -99,9 +102,20 @@ def _model(names: Sequence[str] | None, model: str | None, layers: int) -> list[
     return [ModelWorkload(source, *parse_name(text), layers=layers) for text in chosen]
 
 
+def _images(names: Sequence[str] | None, model: str | None, layers: int) -> list[Workload]:
+    found: list[Workload] = []
+    for text in ["aa_resnet"] if names is None else names:
+        name, options = parse_name(text)
+        if name != "aa_resnet":
+            raise UnknownMechanism(name, ["aa_resnet"])
+        found.append(ResNetWorkload(options))
+    return found
+
+
 KINDS = {
     "attention": Kind("attention", (512, 1024, 2048, 4096), 1, 4, 64, _attention),
     "model": Kind("whole model", (128,), 4, 12, 64, _model),
+    "images": Kind("images, N = side in pixels:", (224,), 1, 8, 20, _images),
 }
 
 
@@ -133,11 +147,13 @@ def run(
         names: mechanisms, each with options if wanted (`"rfa:num_features=64,redraw=fixed"`); for attention alone, pairs
             of gated attention units ("gau", "flash_gau") and names of other packages too (see `PEERS`); for a checkpoint
             of hf_attn, "stored" for the mechanisms in it. None: all of them.
-        lengths: tokens. Default 512 to 4096 for attention, 128 for models.
+        lengths: tokens. Default 512 to 4096 for attention, 128 for models, 224 (pixels) for "resnet".
         model: None compares attention alone with torch's scaled_dot_product_attention (causal with causal). "bert",
-            "gpt2", "vit" (built from the sizes, random weights), a folder or a Hub id compares whole models.
-        layers: layers of a model that is built. A checkpoint ignores it, and heads and head_dim.
-        batch, heads, head_dim: sizes. Default 1, 4, 64 for attention and 4, 12, 64 for models.
+            "gpt2", "vit" (built from the sizes, random weights), a folder or a Hub id compares whole models. "resnet"
+            compares AA-ResNets, names such as "aa_resnet:depth=34,kappa=0.5", with the ResNet; lengths are sides in pixels.
+        layers: layers of a model that is built. A checkpoint ignores it, and heads and head_dim; "resnet" has a depth.
+        batch, heads, head_dim: sizes. Default 1, 4, 64 for attention and 4, 12, 64 for models; for "resnet" 1, and heads
+            and least key channels a head of the augmented convolutions, 8 and 20.
         dtype: "float64", "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:1".
         causal: one mode only, True or False; None: every mode a mechanism defines. A model decides itself.
@@ -157,7 +173,8 @@ def run(
     Raises:
         UnknownMechanism, InvalidOption, InvalidInput, Unsupported: an argument that cannot be used; nothing was run.
     """
-    kind = KINDS["attention" if model is None else "model"]
+    chosen_kind = "attention" if model is None else "images" if model == "resnet" else "model"
+    kind = KINDS[chosen_kind]
     sizes: dict[str, Any] = {
         "batch": kind.batch if batch is None else batch,
         "heads": kind.heads if heads is None else heads,
@@ -192,9 +209,7 @@ def run(
             rows.append(next(steps))
             progress.advance(task)
     heading = kind.title if model is None else f"{kind.title} {title(model)}"
-    report = Report(
-        heading, f"bench_{'attention' if model is None else 'model'}", rows, replace(environment, other_load=str(load))
-    )
+    report = Report(heading, f"bench_{chosen_kind}", rows, replace(environment, other_load=str(load)))
     if console is None:
         terminal = Console()
         console = terminal if terminal.is_terminal else Console(width=140)

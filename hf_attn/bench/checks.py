@@ -7,13 +7,14 @@ benchmark, where the efficient form may err a few times as much as the definitio
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_attn.errors import HfAttnError
 from hf_attn.module import AttentionModule
@@ -143,6 +144,54 @@ def rounding(module: AttentionModule, place: Place, dtype: torch.dtype, device: 
         what = f"{name} in {str(dtype).removeprefix('torch.')} at length {place.length}"
         within(efficient[name].double(), reference, allowed, what)
     return seconds
+
+
+def agreement(
+    low: nn.Module,
+    naive: Callable[[Any, Tensor], Tensor],
+    x: Tensor,
+    cotangent: Tensor,
+    dtype: torch.dtype,
+    terms: int,
+    where: str,
+) -> None:
+    """A module of one input agrees with its definition in float64, and in `dtype` errs little more; gradients as well.
+
+    Args:
+        low: the module, in `dtype`.
+        naive: its definition, called with a module and its input.
+        x, cotangent: float64 input, and weight of every output.
+        terms: how many terms the gradient of a parameter sums.
+        where: for the message.
+
+    Raises:
+        Mismatch: it does not.
+    """
+    module = copy.deepcopy(low).double()
+    rounded = x.to(dtype)
+    reference = gradients(functools.partial(naive, module), module, rounded.double(), cotangent)
+    found = gradients(module, module, rounded.double(), cotangent)
+    definition = gradients(functools.partial(naive, low), low, rounded, cotangent)
+    efficient = gradients(low, low, rounded, cotangent)
+    scale = max(largest(tensor) for tensor in reference.values())
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    for name, expected in reference.items():
+        size = max(largest(expected), 1e-3 * scale)
+        within(found[name], expected, EXACT * size, f"{name} in float64 {where}")
+        # gradients of parameters are sums: rounding errors add up like a random walk
+        units = ULPS + terms**0.5
+        floor = EXACT if dtype == torch.float64 else units * torch.finfo(dtype).eps
+        allowed = TIMES * largest(definition[name].double() - expected) + floor * size
+        within(efficient[name].double(), expected, allowed, f"{name} in {name_of_dtype} {where}")
+
+
+def gradients(form: Any, module: nn.Module, x: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
+    """The output of `form`, and its gradients for x and the parameters of `module`."""
+    leaves = {"x": x.detach().requires_grad_(), **dict(module.named_parameters())}
+    output = form(leaves["x"])
+    found = torch.autograd.grad(output, list(leaves.values()), cotangent.to(output.dtype))
+    named = {f"gradient of {name}": gradient for name, gradient in zip(leaves, found, strict=True)}
+    return {"output": output.detach(), **named}
 
 
 def within(found: Tensor, expected: Tensor, allowed: float, what: str) -> None:

@@ -90,7 +90,7 @@ def checkpoint(source: str) -> PreTrainedModel:
             raise
         raise InvalidInput(
             f"model={source!r} cannot be loaded{near(source, FAMILIES)}: {error} "
-            f"Give one of {', '.join(FAMILIES)}, a folder, or a Hub id."
+            f"Give one of {', '.join(FAMILIES)}, resnet, a folder, or a Hub id."
         ) from error
 
 

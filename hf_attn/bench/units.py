@@ -5,14 +5,13 @@ The baseline is that block, pre-norm, with scaled_dot_product_attention and a fe
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_attn.bench.checks import EXACT, TIMES, ULPS, largest, within
+from hf_attn.bench.checks import agreement
 from hf_attn.bench.peers import AttentionBlock
 from hf_attn.bench.workload import DTYPES, Case, Contest, Workload, forward_step, gradient_step, seeded, written
 
@@ -105,31 +104,9 @@ class UnitWorkload(Workload):
                 for parameter in low.parameters():
                     # off their start, where a unit is close to the identity
                     parameter.add_(0.1 * torch.randn_like(parameter))
-            exact = copy.deepcopy(low).double()
             x, cotangent = (
                 torch.randn(1, length, case.heads * case.head_dim, dtype=torch.float64, device=case.device)
                 for _ in range(2)
             )
-        reference = gradients(exact.naive, exact, x.to(dtype).double(), cotangent)
-        found = gradients(exact, exact, x.to(dtype).double(), cotangent)
-        definition = gradients(low.naive, low, x.to(dtype), cotangent)
-        efficient = gradients(low, low, x.to(dtype), cotangent)
-        scale = max(largest(tensor) for tensor in reference.values())
-        for name, expected in reference.items():
-            size = max(largest(expected), 1e-3 * scale)
-            within(found[name], expected, EXACT * size, f"{name} in float64 at length {length}")
-            # gradients of parameters are sums over the tokens: rounding errors add up like a random walk
-            units = ULPS + length**0.5
-            floor = EXACT if dtype == torch.float64 else units * torch.finfo(dtype).eps
-            allowed = TIMES * largest(definition[name].double() - expected) + floor * size
-            within(efficient[name].double(), expected, allowed, f"{name} in {case.dtype} at length {length}")
+        agreement(low, TwoUnits.naive, x, cotangent, dtype, length, f"at length {length}")
         return f"float64 and {case.dtype} at {length}"
-
-
-def gradients(form: Any, module: nn.Module, x: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
-    """The output of `form`, and its gradients for x and the parameters of `module`."""
-    leaves = {"x": x.detach().requires_grad_(), **dict(module.named_parameters())}
-    output = form(leaves["x"])
-    found = torch.autograd.grad(output, list(leaves.values()), cotangent.to(output.dtype))
-    named = {f"gradient of {name}": gradient for name, gradient in zip(leaves, found, strict=True)}
-    return {"output": output.detach(), **named}

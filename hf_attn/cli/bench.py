@@ -21,10 +21,13 @@ def bench_command(
         ),
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Tokens.", show_default="512,1024,2048,4096; a model: 128")
+        str | None,
+        typer.Option(
+            metavar="N,N,...", help="Tokens.", show_default="512,1024,2048,4096; a model: 128; resnet: 224 pixels"
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Whole models: bert, gpt2, vit, a folder or a Hub id.")
+        str | None, typer.Option(metavar="MODEL", help="Whole models: bert, gpt2, vit, resnet, a folder or a Hub id.")
     ] = None,
     layers: Annotated[int, typer.Option(help="Layers of a model built from sizes.")] = 4,
     batch: Annotated[int | None, typer.Option(help="Samples.", show_default="1; a model: 4")] = None,
@@ -54,6 +57,7 @@ def bench_command(
     hf-attn bench rfa:num_features=128 --causal --output runs/bench
     hf-attn bench softmax rfa --model bert --lengths 128,512
     hf-attn bench stored --model runs/my-checkpoint
+    hf-attn bench aa_resnet:depth=50 --model resnet --batch 4
     ```
     """
     try:

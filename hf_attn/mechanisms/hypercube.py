@@ -27,6 +27,7 @@ from hf_attn.capabilities import Capabilities
 from hf_attn.errors import InvalidInput
 from hf_attn.functional import masked_softmax
 from hf_attn.kernels import flash
+from hf_attn.kernels import hypercube as cube
 from hf_attn.module import AttentionModule, Call
 from hf_attn.options import Options
 from hf_attn.registry import Mechanism, register
@@ -39,16 +40,19 @@ class HypercubeOptions(Options):
     Attributes:
         block_size: tokens of one place; 1 puts every token on a corner of its own.
         num_global_tokens: that many leading tokens stand outside the cube, see all and are seen by all.
+        backend: "auto" takes gathered blocks; a name fails loudly where it cannot run. See `hf-attn doctor`.
     """
 
     mechanism: ClassVar[str] = "hypercube"
 
     block_size: int = 16
     num_global_tokens: int = 0
+    backend: str = "auto"
 
     def check(self) -> None:
         self.integer("block_size", 1)
         self.integer("num_global_tokens", 0)
+        self.one_of("backend", "auto", *cube.BACKENDS)
 
 
 class HypercubeAttention(AttentionModule):
@@ -67,6 +71,7 @@ class HypercubeAttention(AttentionModule):
             decode="full cache",
             attention_weights=True,
             dropout=True,
+            backends=cube.BACKENDS,
             derived=("causal", "global tokens") if options.num_global_tokens else ("causal",),
             pays_from="512 (2-core CPU, float32, D = 64, blocks of 64)",
         )
@@ -100,6 +105,21 @@ class HypercubeAttention(AttentionModule):
     # -- the efficient form ----------------------------------------------------------------------------------------
 
     def attend(self, call: Call) -> Tensor:
+        request = cube.Request(
+            call.query,
+            call.key,
+            call.value,
+            call.key_padding_mask,
+            call.is_causal,
+            call.scale,
+            call.dropout,
+            self.options.block_size,
+            self.options.num_global_tokens,
+            lambda: self._gathered(call),
+        )
+        return cube.hypercube_attention(request, self.options.backend)
+
+    def _gathered(self, call: Call) -> Tensor:
         """Global queries by plain attention, the others along the edges of the cube."""
         block, outside, mask = self.options.block_size, self.options.num_global_tokens, call.key_padding_mask
         earlier = call.keys - call.queries

@@ -97,12 +97,23 @@ class AttnConfigMixin:
             config_dict = {key: value for key, value in config_dict.items() if key not in ("auto_map", VERSION)}
             if published is not None:
                 warn_newer(published, sys.modules[cls.__module__.partition(".")[0]].__version__)
+        stored, asked = config_dict.get("attention"), kwargs.get("attn_implementation")
         try:
-            return super().from_dict(config_dict, **kwargs)
+            made = super().from_dict(config_dict, **kwargs)
+            if asked is not None:
+                cls._warn_switch(stored, made[0] if isinstance(made, tuple) else made)
+            return made
         except HfAttnError:
             raise
         except Exception as error:  # a stranger's config can go wrong in any place of the stock class
             raise InvalidOption(f"config: {cls.__name__} cannot be made of it ({error}).") from error
+
+    @staticmethod
+    def _warn_switch(stored: Any, config: Any) -> None:
+        """Warn where a checkpoint with the attention `stored` is read with one that it must be trained with first."""
+        from hf_attn.models.spec import warn_switch
+
+        warn_switch(None if stored is None else AttnConfigMixin._canonical(stored), config.attention)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:

@@ -95,6 +95,19 @@ EXPERIMENTS = {
         patch=2,
         heads=4,
     ),
+    "vars": Experiment(
+        "recurrence and sparsity above the same dictionary with neither; that VARS is above softmax is not asked",
+        {
+            "softmax": ("softmax", {}),
+            "VARS-D, neither": ("vars", {"sparsity": 0.0, "num_steps": 0}),
+            "VARS-D": ("vars", {}),
+            "VARS-SD, neither": ("vars", {"kind": "both", "sparsity": 0.0, "num_steps": 0}),
+            "VARS-SD": ("vars", {"kind": "both"}),
+        },
+        hidden=48,
+        layers=3,
+        heads=4,
+    ),
 }
 
 

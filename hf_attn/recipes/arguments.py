@@ -38,8 +38,11 @@ class ModelArguments:
     model: str = field(
         default="", metadata={"help": "A pretrained checkpoint (folder or Hub name), in place of family."}
     )
-    attn_implementation: str = field(
-        default="", metadata={"help": "A registered mechanism. Empty: softmax, or what the checkpoint has."}
+    attn_implementation: str | dict[str, Any] = field(
+        default="",
+        metadata={
+            "help": "A registered mechanism, or a dict from layers to mechanisms. Empty: softmax, or what the checkpoint has."
+        },
     )
     attention_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Options of the mechanism."})
     config: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of the family's config class."})

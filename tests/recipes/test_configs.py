@@ -25,7 +25,7 @@ SMALL = {
     "gau": {"config.hidden_size": 16, "config.num_hidden_layers": 1, "config.query_key_dim": 8},
     "bert": {"config.hidden_size": 16, "config.num_hidden_layers": 1, "config.num_attention_heads": 2, "config.intermediate_size": 16},
     "gpt2": {"config.n_embd": 16, "config.n_layer": 1, "config.n_head": 2},
-    "vit": {"config.hidden_size": 16, "config.num_hidden_layers": 2, "config.num_attention_heads": 2, "config.intermediate_size": 16},
+    "vit": {"config.hidden_size": 16, "config.num_hidden_layers": 4, "config.num_attention_heads": 2, "config.intermediate_size": 16},
 }  # fmt: skip
 BASE = {"bert": "bert_softmax_mlm.yaml", "gpt2": "gpt2_softmax_lm.yaml", "vit": "vit_ripple_digits.yaml"}
 """Family -> the configuration that a mechanism is an override of."""

@@ -17,6 +17,7 @@ from hf_attn.kernels.block_sparse import block_sparse_attention, transposed
 from hf_attn.kernels.causal_linear import causal_linear_attention
 from hf_attn.kernels.chunk_local import chunk_local_attention
 from hf_attn.kernels.key_bias import key_bias_attention
+from hf_attn.kernels.ring_window import ring_window_sums
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not tiles.INTERPRETED, reason="kernels are compiled for a GPU here")),
@@ -86,6 +87,15 @@ def define_chunk_local(query, key, value, linear, state, gate, bias, real, scali
     return (out if gate is None else gate * out,)
 
 
+def define_ring_window(query, key, value, alpha, rows, columns):
+    place = torch.arange(rows * columns, device=query.device)
+    row, column = place // columns, place % columns
+    ring = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs())
+    padded = torch.nn.functional.pad(alpha, (0, max(rows, columns) - alpha.shape[-1]))
+    weights = padded.gather(-1, ring.expand(*alpha.shape[:2], -1, -1)) * (query @ key.mT)
+    return weights @ value, weights.sum(dim=-1)
+
+
 def randn(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
@@ -153,6 +163,15 @@ KERNELS = {
             "large chunks": lambda: (*(randn(1, 2, 150, n) for n in (24, 24, 16, 24)), randn(1, 2, 2, 24, 16), None, None, some(1, 150), 0.1, 100, "relu2", True),
         },
         outputs=1,
+    ),
+    "ring_window": Kernel(
+        ring_window_sums,
+        define_ring_window,
+        {
+            "grid": lambda: (randn(2, 2, 99, 16).exp(), randn(2, 2, 99, 16).exp(), randn(2, 2, 99, 20), randn(2, 2, 99, 3), 9, 11),
+            "flat": lambda: (randn(1, 2, 70, 20), randn(1, 2, 70, 20), randn(1, 2, 70, 16), randn(1, 2, 70, 4), 2, 35),
+            "sequence": lambda: (randn(2, 1, 80, 24), randn(2, 1, 80, 24), randn(2, 1, 80, 33), randn(2, 1, 80, 1), 1, 80),
+        },
     ),
 }  # fmt: skip
 CASES = [(name, case) for name, kernel in KERNELS.items() for case in kernel.cases]

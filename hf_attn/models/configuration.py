@@ -29,6 +29,7 @@ GENERATED = ("roberta", "distilbert", "deit", "llama", "qwen2", "qwen3", "modern
 OWN = {
     "gau": ("hf_attn.models.gau_config", "GauConfig"),
     "aa_resnet": ("hf_attn.models.aa_resnet_config", "AAResNetConfig"),
+    "howm": ("hf_attn.models.world_model_config", "WorldModelConfig"),
 }
 """Model types with a config class of their own, and where it lives."""
 

@@ -29,6 +29,7 @@ GENERATED = ("roberta", "distilbert", "deit", "llama", "qwen2", "qwen3", "modern
 OWN = {
     "gau": ("hf_attn.models.gau_config", "GauConfig"),
     "aa_resnet": ("hf_attn.models.aa_resnet_config", "AAResNetConfig"),
+    "dual_encoder": ("hf_attn.models.dual_encoder_config", "DualEncoderConfig"),
 }
 """Model types with a config class of their own, and where it lives."""
 

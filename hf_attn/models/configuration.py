@@ -30,6 +30,7 @@ OWN = {
     "gau": ("hf_attn.models.gau_config", "GauConfig"),
     "aa_resnet": ("hf_attn.models.aa_resnet_config", "AAResNetConfig"),
     "howm": ("hf_attn.models.world_model_config", "WorldModelConfig"),
+    "dual_encoder": ("hf_attn.models.dual_encoder_config", "DualEncoderConfig"),
 }
 """Model types with a config class of their own, and where it lives."""
 

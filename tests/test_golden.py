@@ -21,7 +21,7 @@ CASES = sorted(GOLDEN.glob("*/*.safetensors"))
 REFUSED = [case for path in sorted(GOLDEN.glob("refused_*.json")) for case in json.loads(path.read_text())]
 
 PENDING = {
-    "dual_encoder", "population",
+    "population",
 }  # fmt: skip
 """Folders of cases whose mechanism or system is not written yet."""
 

@@ -29,6 +29,8 @@ GENERATED = ("roberta", "distilbert", "deit", "llama", "qwen2", "qwen3", "modern
 OWN = {
     "gau": ("hf_attn.models.gau_config", "GauConfig"),
     "aa_resnet": ("hf_attn.models.aa_resnet_config", "AAResNetConfig"),
+    "howm": ("hf_attn.models.world_model_config", "WorldModelConfig"),
+    "dual_encoder": ("hf_attn.models.dual_encoder_config", "DualEncoderConfig"),
 }
 """Model types with a config class of their own, and where it lives."""
 
@@ -113,6 +115,22 @@ class AttnConfigMixin(StoredConfigMixin):
         if stored.get("model_type") == cls.stock_class.model_type:
             stored = {**stored, "model_type": cls.model_type}
         return stored, unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of a stored dict, and a warning where `attn_implementation` asks for what must be trained first."""
+        stored = config_dict.get("attention")
+        made = super().from_dict(config_dict, **kwargs)
+        if kwargs.get("attn_implementation") is not None:
+            cls._warn_switch(stored, made[0] if isinstance(made, tuple) else made)
+        return made
+
+    @staticmethod
+    def _warn_switch(stored: Any, config: Any) -> None:
+        """Warn where a checkpoint with the attention `stored` is read with one that it must be trained with first."""
+        from hf_attn.models.spec import warn_switch
+
+        warn_switch(None if stored is None else AttnConfigMixin._canonical(stored), config.attention)
 
     @property
     def _attn_implementation(self) -> str | None:

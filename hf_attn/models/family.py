@@ -21,7 +21,7 @@ from transformers.utils import output_capturing
 from hf_attn.errors import Unsupported
 from hf_attn.models.configuration import STATIC, AttnConfigMixin, attn_config, attn_config_class, register_family
 from hf_attn.models.saving import SavedModelMixin
-from hf_attn.models.spec import Spec, canonical
+from hf_attn.models.spec import Spec, canonical, warn_switch
 from hf_attn.models.wrapping import attach, token_grid
 from hf_attn.module import AttentionModule
 
@@ -73,6 +73,7 @@ class AttnModelMixin(SavedModelMixin):
             attention_options: options of the default mechanism.
         """
         spec = attach(self, canonical(attn_implementation, attention_options), pretrained=True)
+        warn_switch(self.config.attention, spec)
         self.config.attention = spec
         self.config._attn_implementation_internal = spec["default"]["name"]
 
@@ -201,7 +202,8 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
 def convert(model: PreTrainedModel, attention: str | dict[str, Any], **options: Any) -> PreTrainedModel:
     """Give a loaded model other attention mechanisms, in place.
 
-    The model's own weights stay; the mechanisms' parameters start at their documented values. `save_pretrained` and
+    The model's own weights stay; the mechanisms' parameters start at their documented values. A warning names those
+    that are of no use to a model pretrained with softmax before they were trained with it. `save_pretrained` and
     `from_pretrained` (of the Auto classes, or `type(model)`) keep the choice.
 
     Args:
@@ -229,6 +231,7 @@ def convert(model: PreTrainedModel, attention: str | dict[str, Any], **options: 
             "Convert one of its sub-models instead",
         )
     spec = attach(model, canonical(attention, options), pretrained=True)
+    warn_switch(model.config.attention if isinstance(model.config, AttnConfigMixin) else None, spec)
     adopt_model(model, spec)
     return model
 

@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 
 REFUSED = {
     "hub_token": "Trainer would pickle it into training_args.bin. Log in with `hf auth login`, or set HF_TOKEN",
-    "push_to_hub": "Trainer would upload its pickled arguments, too. The recipe packs a clean folder and prints the command that uploads it",
 }
-"""Fields of TrainingArguments that would leak a secret or upload pickles, and what to do instead."""
+"""Fields of TrainingArguments that would leak a secret, and what to do instead."""
 
 
 @dataclass
@@ -142,6 +141,10 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[
         model, data, training = HfArgumentParser(typing.cast(Any, kinds)).parse_dict({**values, **forced})
     except (TypeError, ValueError) as error:
         raise InvalidOption(f"{path}: transformers refuses the training arguments: {error}") from error
+    if training.push_to_hub:
+        from hf_attn.hub.trainer import check_push
+
+        check_push(training)
     return Recipe(name=output.name, output=output, model=model, data=data, training=training, given=values)
 
 

@@ -45,7 +45,9 @@ def answer(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     batch = {name: x.to(copied.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        return copied(**batch)[0].float()
+        first = copied(**batch)[0]
+        # a backbone gives a tuple of feature maps
+        return (first[-1] if isinstance(first, tuple) else first).float()
 
 
 def write_probe(model: PreTrainedModel, folder: Path) -> None:

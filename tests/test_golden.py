@@ -1,8 +1,7 @@
 """Every golden case in tests/golden, run as its contract says, and every refused call.
 
 Cases come from an independent float64 implementation. One file is one case; a new mechanism needs no new test here:
-its cases run as soon as it is registered. `PENDING` names what has not landed; it may only shrink, and a test checks
-that nothing in it exists already.
+its cases run as soon as it is registered.
 """
 
 import importlib
@@ -20,11 +19,6 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(GOLDEN.glob("*/*.safetensors"))
 REFUSED = [case for path in sorted(GOLDEN.glob("refused_*.json")) for case in json.loads(path.read_text())]
 
-PENDING = {
-    ,
-}  # fmt: skip
-"""Folders of cases whose mechanism or system is not written yet."""
-
 
 @cache
 def load(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -41,21 +35,8 @@ def test_there_are_cases_and_every_folder_is_known():
     folders = {path.parent.name for path in CASES}
     assert len(CASES) >= 130
     built = {path.parent.name for path in CASES if load(path)[0]["target"] == "build"}
-    assert built - PENDING <= set(hf_attn.list_mechanisms())
-    assert {"softmax", "rfa", "ripple"} <= folders - PENDING
-
-
-def test_pending_only_names_what_does_not_exist():
-    assert not PENDING & set(hf_attn.list_mechanisms()), "landed: take it out of PENDING"
-    for path in CASES:
-        meta, _ = load(path)
-        if path.parent.name in PENDING and meta["target"] != "build":
-            module, _, attribute = meta["target"].rpartition(".")
-            try:
-                found = hasattr(importlib.import_module(module), attribute)
-            except ModuleNotFoundError:
-                found = False
-            assert not found, f"{meta['target']} exists: take {path.parent.name} out of PENDING"
+    assert built <= set(hf_attn.list_mechanisms())
+    assert {"softmax", "rfa", "ripple"} <= folders
 
 
 def resolve(meta: dict[str, str], tensors: dict[str, torch.Tensor]):
@@ -106,8 +87,6 @@ RESERVED = ("param.", "grad.", "output", "cotangent", "pooled_layer_input", "dec
 @pytest.mark.parametrize("form", ["forward", "naive"])
 @pytest.mark.parametrize("path", CASES, ids=identify)
 def test_golden(path: Path, form: str):
-    if path.parent.name in PENDING:
-        pytest.skip(f"{path.parent.name} is not written yet")
     meta, tensors = load(path)
     if form == "naive" and meta["target"] != "build":
         pytest.skip("a system has one form")
@@ -160,9 +139,7 @@ def check_gradients(target, inputs, tensors):
             assert parameter.grad is None or not parameter.grad.any(), f"{name} takes no part and has a gradient"
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in CASES if p.parent.name not in PENDING and load(p)[0]["target"] == "build"], ids=identify
-)
+@pytest.mark.parametrize("path", [p for p in CASES if load(p)[0]["target"] == "build"], ids=identify)
 def test_golden_in_float32(path: Path):
     meta, tensors = load(path)
     target = resolve(meta, tensors).float()

@@ -182,7 +182,7 @@ def verdicts(rows: list[dict]) -> list[str]:
     return lines
 
 
-def report(rows: list[dict], pairs: int, epochs: int, command: str) -> str:
+def report(rows: list[dict], pairs: int, epochs: int, command: str, picture: str) -> str:
     seeds = sorted({row["seed"] for row in rows})
     names = ["train MRR@10", "test MRR@10", "test recall@10", "CPU s"]
     lines = [f"| D | teacher | loss | {' | '.join(names)} |", f"|---|---|---|{'---|' * len(names)}"]
@@ -213,7 +213,7 @@ def report(rows: list[dict], pairs: int, epochs: int, command: str) -> str:
             "|---|---|---|---|---|---|",
             *verdicts(rows),
             "\nTraining and test MRR for the largest D, a point for each seed:\n",
-            "![Training and test MRR of every loss](dual_encoder.png)\n",
+            f"![Training and test MRR of every loss]({picture})\n",
         ]
     )  # fmt: skip
 
@@ -262,7 +262,7 @@ def main() -> None:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-        text = report(rows, len(pairs), arguments.epochs, command)
+        text = report(rows, len(pairs), arguments.epochs, command, f"{arguments.output.name}.png")
         arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
         draw(arguments.output.with_suffix(".png"), rows)
     print(text)

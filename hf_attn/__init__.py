@@ -46,6 +46,7 @@ _HOMES = {
         "AAResNetBackbone", "AAResNetConfig", "AAResNetForImageClassification", "AAResNetModel", "AugmentedConv2d",
         "aa_resnet_from_resnet", "aa_resnet_stats",
     ),
+    "hf_attn.models.world_model": ("SlotAttentionModel", "WorldModel", "WorldModelConfig"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

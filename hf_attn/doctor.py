@@ -151,12 +151,10 @@ def describe_device(device: torch.device) -> str:
 
 def all_kernels() -> list[Kernel]:
     """Every backend of every operation, in order of preference."""
-    torch_only = kernels.setting() == "torch"
-    found = []
+    setting, found = kernels.setting(), []
     for operation in kernels.operations():
         for backend, reason in kernels.backends_of(operation):
-            automatic = backend.automatic and (backend.builtin or not torch_only)
-            found.append(Kernel(operation, backend.name, reason, automatic))
+            found.append(Kernel(operation, backend.name, reason, kernels.allowed(backend, setting)))
     return found
 
 

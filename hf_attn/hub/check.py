@@ -113,13 +113,7 @@ def check_config(folder: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (HfAttnError, ValueError, OSError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InvalidInput(f"config.json in {str(folder)!r} does not load: {error}") from error
-    if config.model_type in OWN:
-        raise Unsupported(
-            f"pack {folder}",
-            f"model_type={config.model_type!r} is a family of its own, whose card and code cannot be written yet",
-            "Upload the saved folder with `hf upload`",
-        )
-    if not getattr(config, "attention", None):
+    if config.model_type not in OWN and not getattr(config, "attention", None):
         raise Unsupported(
             f"pack {folder}",
             f"its config (model_type={config.model_type!r}) has no `attention`, so it is not a model of hf_attn",
@@ -159,10 +153,19 @@ def model_class_of(folder: Path, config: PreTrainedConfig) -> Any:
     """The class of this package (for a stock config: of transformers) that a config names."""
     import transformers
 
-    from hf_attn.models.configuration import AttnConfigMixin
+    from hf_attn.models.configuration import OWN, AttnConfigMixin
     from hf_attn.models.family import attn_class
+    from hf_attn.models.loading import model_classes
 
     named = next(iter(getattr(config, "architectures", None) or []), None)
+    if config.model_type in OWN:
+        known = {model.__name__: model for model in model_classes(config).values()}
+        if named not in known:
+            raise InvalidInput(
+                f"config.json in {str(folder)!r} names the architecture {named!r}; model_type={config.model_type!r} has "
+                f"{', '.join(known)}."
+            )
+        return known[named]
     ours = isinstance(config, AttnConfigMixin)
     stock: Any = getattr(transformers, str(named).removeprefix("Attn" if ours else ""), None)
     is_model = isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)

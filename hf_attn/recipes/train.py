@@ -10,6 +10,7 @@ writes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_attn.errors import InvalidOption, Unsupported
+from hf_attn.errors import InvalidOption, PublishFailed, Unsupported
 from hf_attn.recipes.arguments import Recipe, read
 from hf_attn.recipes.curve import draw_curve
 from hf_attn.recipes.data import Source, first_examples
@@ -32,13 +33,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
     from hf_attn.hub.pack import Plan
+    from hf_attn.hub.upload import Published
     from hf_attn.recipes.language import Sample
 
 __all__ = ["ReloadMismatch", "TrainResult", "check_model", "check_reload", "make_trainer", "prepare", "train"]
 CURVE = "training_curve.png"
-NOT_PACKED = (
-    "Not packed for the Hub: hf_attn.hub packs models with a mechanism of hf_attn in a family of transformers only."
-)
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class TrainResult:
         metrics: the task's metrics and the loss on the validation and test splits.
         reload_difference: largest difference of test outputs, trained against reloaded; always 0.
         seconds: wall time of the run.
-        plan: the folder packed for the Hub; None for a family that hf_attn.hub cannot pack, such as gau.
+        plan: the folder packed for the Hub.
+        published: where it is, with push_to_hub.
         auto_class: what the model was reloaded through.
         samples: predictions for the first test examples.
     """
@@ -59,7 +59,8 @@ class TrainResult:
     metrics: dict[str, float]
     reload_difference: float
     seconds: float
-    plan: Plan | None
+    plan: Plan
+    published: Published | None
     auto_class: str
     samples: tuple[Sample, ...]
 
@@ -71,7 +72,7 @@ class TrainResult:
         )
         return (
             f"{shown}{numbers}\nreloaded through {self.auto_class}: largest difference of the test outputs "
-            f"{self.reload_difference:g}\n{self.seconds:.0f} s, saved in {self.model_dir}\n\n{self.plan or NOT_PACKED}"
+            f"{self.reload_difference:g}\n{self.seconds:.0f} s, saved in {self.model_dir}\n\n{self.published or self.plan}"
         )
 
 
@@ -111,15 +112,17 @@ def train(
     Raises:
         InvalidOption, InvalidInput, Unsupported, UnknownMechanism: something in the configuration; nothing was trained.
         ReloadMismatch: the saved model is not the trained one.
+        PublishFailed: with push_to_hub; the trained model is saved and packed.
     """
     from hf_attn.hub.probe import write_probe
-    from hf_attn.models.configuration import AttnConfigMixin
 
     started = time.perf_counter()
     recipe = read(config, overrides)
     prepared = prepare(recipe)
     trainer = make_trainer(recipe, prepared)
-    trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    # a failed push was warned about, and the end of this run publishes again
+    with contextlib.suppress(PublishFailed):
+        trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
     metrics = measure(trainer, prepared)
     weights = trainer.accelerator.get_state_dict(trainer.model)
     if not trainer.is_world_process_zero():
@@ -145,9 +148,10 @@ def train(
     )
     samples = tuple(prepared.task.show(trained.eval(), prepared.setting, prepared.raw["test"], prepared.data["test"]))
     write_card(folder, recipe, prepared, trained, metrics, samples)
-    plan = pack_run(recipe, folder) if isinstance(trained.config, AttnConfigMixin) else None
+    plan = pack_run(recipe, folder)
+    published = publish_run(recipe, plan) if recipe.training.push_to_hub else None
     seconds = time.perf_counter() - started
-    result = TrainResult(folder, metrics, difference, seconds, plan, prepared.task.auto_class, samples)
+    result = TrainResult(folder, metrics, difference, seconds, plan, published, prepared.task.auto_class, samples)
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -283,3 +287,22 @@ def pack_run(recipe: Recipe, folder: Path) -> Plan:
     from hf_attn.hub.pack import pack
 
     return pack(folder, folder.parent / "hub", recipe.training.hub_model_id or f"ORG/{recipe.name}")
+
+
+def publish_run(recipe: Recipe, plan: Plan) -> Published:
+    """Publish what was packed, as push_to_hub asks for."""
+    from hf_attn.hub.upload import publish
+
+    arguments = recipe.training
+    try:
+        return publish(
+            plan.folder, plan.repo_id, private=arguments.hub_private_repo, revision=arguments.hub_revision or "main"
+        )
+    except PublishFailed as error:
+        raise PublishFailed(
+            error.stage,
+            error.reason,
+            f"{error.state}. The trained model is in {plan.folder}",
+            f"{error.remedy}. To publish it without training again: {plan.command}",
+            error.status,
+        ) from error

@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import hf_attn
-from hf_attn.errors import HfAttnError, InvalidInput, Unsupported
+from hf_attn.errors import HfAttnError, InvalidInput
 from hf_attn.hub.check import check_folder, check_weights, listing, matches, read_json
 from hf_attn.hub.upload import publish
 
@@ -160,10 +159,3 @@ def test_links_out_of_the_folder_are_refused(folder, tmp_path):
     (folder / "tokenizer.json").symlink_to(tmp_path / "secret.json")
     with pytest.raises(InvalidInput, match=r"tokenizer.json .* is a link"):
         check(folder)
-
-
-def test_a_family_that_cannot_be_published_yet_says_so(tmp_path):
-    config = hf_attn.GauConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2)
-    hf_attn.GauModel(config).save_pretrained(tmp_path / "gau")
-    with pytest.raises(Unsupported, match="family of its own"):
-        publish(tmp_path / "gau", "someone/model", dry_run=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from small import ABSENT, BERT, process
+from small import ABSENT, BERT, VIT, own_models, process
 
 import hf_attn
 from hf_attn.errors import InvalidInput, InvalidOption
@@ -54,7 +54,6 @@ def saved(model, folder: Path, code: str) -> tuple[str, str]:
     ).__name__ else auto
 
 
-VIT = {"image_size": 8, "patch_size": 2, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}  # fmt: skip
 GPT2 = {
     "vocab_size": 60,
     "n_embd": 16,
@@ -87,10 +86,10 @@ def other_models() -> dict[str, torch.nn.Module]:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Every mechanism, and two more families, as self-contained folders."""
+    """Every mechanism, two more families, and those with attention of their own, as self-contained folders."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("vendored")
-    models = {name: model_with(name) for name in hf_attn.list_mechanisms()} | other_models()
+    models = {name: model_with(name) for name in hf_attn.list_mechanisms()} | other_models() | own_models()
     return root, [saved(model, root / name, "vendored") for name, model in models.items()]
 
 
@@ -101,7 +100,8 @@ def test_vendored_checkpoints_run_without_the_package_and_compute_the_same(expor
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == len(folders)
     for (folder, _), (module, name, difference, present, same) in zip(folders, rows):
-        assert module.startswith("transformers_modules.") and name.startswith("Attn"), folder
+        architecture = json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
+        assert module.startswith("transformers_modules.") and name == architecture, folder
         assert not present and same, folder
         # weights read from a file lie at odd addresses, which changes the rounding of a matrix product
         assert difference < 1e-5, folder

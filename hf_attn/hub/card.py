@@ -113,6 +113,7 @@ class CardFacts:
         curve: file name of the training curve, beside the card; None for no picture.
         base_model: the checkpoint it was made from: an id on the Hub, or another name.
         license: an id of the Hub's list; None where it is not known.
+        linearized: arguments of `linearize`, where it was trained to compute what the base model computes.
         fidelity, speed: measured, or None.
         evaluations: results on datasets of the Hub.
         samples: predictions, each with `given`, `expected` and `predicted`.
@@ -133,6 +134,7 @@ class CardFacts:
     curve: str | None = None
     base_model: str | None = None
     license: str | None = "apache-2.0"
+    linearized: dict[str, Any] = field(default_factory=dict)
     fidelity: Fidelity | None = None
     speed: Speed | None = None
     evaluations: tuple[Evaluation, ...] = ()
@@ -175,7 +177,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         "repo": facts.repo_id or f"ORG/{facts.name}",
         "mechanisms": mechanisms,
         "architecture": architecture(facts.config),
-        "settings": settings(facts.arguments),
+        "settings": settings(facts.arguments or facts.linearized),
         "scores": scores(facts.metrics),
         "versions": versions(),
         "samples": [

@@ -20,7 +20,7 @@ ALLOWED = (
     "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", INDEX, PROBE,
     "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt",
-    "*.model", "README.md", "LICENSE", "*.png", "fidelity.json", ".eval_results/*.yaml",
+    "*.model", "README.md", "LICENSE", "*.png", "fidelity.json", "linearize.json", ".eval_results/*.yaml",
     # what sentence-transformers reads
     "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "?_*/config.json",
 )  # fmt: skip

@@ -85,13 +85,14 @@ class Speed:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One result on a benchmark that is a dataset on the Hub; goes into `.eval_results/` as well."""
+    """One result on a dataset on the Hub; goes into `.eval_results/` as well. `revision` is the dataset's commit."""
 
     dataset_id: str
     task_id: str
     metric: str
     value: float
     notes: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,13 @@ def eval_results(facts: CardFacts) -> dict[str, str]:
 
     files: dict[str, list[Any]] = {}
     for result in facts.evaluations:
-        entry = EvalResultEntry(result.dataset_id, result.task_id, round(result.value, 4), notes=result.notes)
+        entry = EvalResultEntry(
+            result.dataset_id,
+            result.task_id,
+            round(result.value, 4),
+            dataset_revision=result.revision,
+            notes=f"{result.metric}, {result.notes}" if result.notes else result.metric,
+        )
         files.setdefault(result.dataset_id.replace("/", "__"), []).append(entry)
     return {
         f".eval_results/{name}.yaml": yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
@@ -256,6 +263,7 @@ def _results(facts: CardFacts) -> list[Any]:
             metric_value=round(result.value, 4),
         )
         for result in facts.evaluations
+        if facts.dataset is None or result.dataset_id != facts.dataset.name
     ]
 
 

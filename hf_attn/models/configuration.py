@@ -118,19 +118,15 @@ class AttnConfigMixin(StoredConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config of a stored dict, and a warning where `attn_implementation` asks for what must be trained first."""
-        stored = config_dict.get("attention")
+        """The config of a stored dict; warns of a mechanism in `kwargs` that the checkpoint must be trained with first."""
+        stored, asked = config_dict.get("attention"), kwargs.get("attn_implementation")
         made = super().from_dict(config_dict, **kwargs)
-        if kwargs.get("attn_implementation") is not None:
-            cls._warn_switch(stored, made[0] if isinstance(made, tuple) else made)
+        if asked is not None:
+            from hf_attn.models.spec import warn_switch
+
+            config = made[0] if isinstance(made, tuple) else made
+            warn_switch(None if stored is None else cls._canonical(stored), config.attention)
         return made
-
-    @staticmethod
-    def _warn_switch(stored: Any, config: Any) -> None:
-        """Warn where a checkpoint with the attention `stored` is read with one that it must be trained with first."""
-        from hf_attn.models.spec import warn_switch
-
-        warn_switch(None if stored is None else AttnConfigMixin._canonical(stored), config.attention)
 
     @property
     def _attn_implementation(self) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_attn.errors import HfAttnError, InvalidInput, Unsupported
+from hf_attn.hub.card_check import check_eval_results
 from hf_attn.hub.secrets import refuse_secrets
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ ALLOWED = (
     "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", INDEX, PROBE,
     "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt",
-    "*.model", "README.md", "LICENSE", "*.png", "fidelity.json", ".eval_results/*.yaml",
+    "*.model", "README.md", "LICENSE", "*.png", "fidelity.json", "linearize.json", ".eval_results/*.yaml",
     # what sentence-transformers reads
     "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "?_*/config.json",
 )  # fmt: skip
@@ -60,6 +61,9 @@ def check_folder(folder: Path, chosen: list[str], card: bool = True) -> PreTrain
             raise InvalidInput(f"{str(folder)!r} has no {needed}. Save the model and its card there first.")
     if links := [name for name in chosen if (folder / name).is_symlink()]:
         raise InvalidInput(f"{links[0]} in {str(folder)!r} is a link. Put the file itself there.")
+    for name in chosen:
+        if matches(name, (".eval_results/*.yaml",)):
+            check_eval_results(name, (folder / name).read_bytes().decode("utf-8", "replace"))
     held = check_weights(folder, chosen)
     config = check_config(folder)
     check_size(folder, config, sorted(set(held.values())))

@@ -81,6 +81,10 @@ class DataArguments:
     mask_probability: float | None = field(
         default=None, metadata={"help": "Share of tokens (0.15) or image patches (0.6) that a masked task hides."}
     )
+    eval_task: str = field(
+        default="",
+        metadata={"help": "Which task of a data set on the Hub the results are filed under. Empty: its configuration."},
+    )
     samples: int = field(default=4, metadata={"help": "Predictions shown at the end of a run."})
     notes: str = field(default="", metadata={"help": "What a reader of the results must know; the card prints it."})
 

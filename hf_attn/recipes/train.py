@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from hf_attn.recipes.tasks import Setting, Task, longest, task_named
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
+    from hf_attn.hub.card import Evaluation
     from hf_attn.hub.pack import Plan
     from hf_attn.hub.upload import Published
     from hf_attn.recipes.language import Sample
@@ -132,6 +135,7 @@ def train(
     folder = recipe.output / "model"
     # the card says that the model reloads to the same numbers, so an earlier run's must not outlive a failed check
     (folder / "README.md").unlink(missing_ok=True)
+    shutil.rmtree(folder / ".eval_results", ignore_errors=True)
     trained.save_pretrained(folder)
     prepared.setting.processor.save_pretrained(folder)
     write_probe(trained, folder)
@@ -248,8 +252,8 @@ def write_card(
     metrics: dict[str, float],
     samples: tuple[Sample, ...],
 ) -> None:
-    """Write the model card, README.md."""
-    from hf_attn.hub.card import CardFacts, model_card
+    """Write the model card, README.md, and what `evaluations` finds into `.eval_results/`."""
+    from hf_attn.hub.card import CardFacts, eval_results, model_card
 
     sizes = {name: len(split) for name, split in prepared.data.items() if hasattr(split, "__len__")}
     facts = CardFacts(
@@ -266,11 +270,37 @@ def write_card(
         notes=recipe.data.notes,
         curve=CURVE,
         samples=samples,
+        evaluations=evaluations(recipe, prepared, metrics),
         base_model=without_folders(recipe.model.model),
         # a checkpoint's license goes on to what is made from it, and is not known here
         license=None if recipe.model.model else "apache-2.0",
     )
-    (folder / "README.md").write_text(str(model_card(facts)), encoding="utf-8")
+    texts = {"README.md": str(model_card(facts)), **eval_results(facts)}
+    for path, text in texts.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(text, encoding="utf-8")
+
+
+def evaluations(recipe: Recipe, prepared: Prepared, metrics: dict[str, float]) -> tuple[Evaluation, ...]:
+    """The main result, where it is one that others can compare with: the whole test split of a data set on the Hub."""
+    from hf_attn.hub.card import Evaluation
+
+    own = str(getattr(prepared.raw["test"], "split", None)) == "test"
+    if "/" not in prepared.source.name or not own or recipe.data.max_examples is not None:
+        return ()
+    options = recipe.data.dataset_options
+    revision = str(options.get("revision", ""))
+    metric = prepared.task.objective.names[0]
+    return (
+        Evaluation(
+            prepared.source.name,
+            recipe.data.eval_task or str(options.get("name", "default")),
+            metric,
+            metrics[f"test_{metric}"],
+            "test split",
+            revision if re.fullmatch("[0-9a-f]{40}", revision) else None,
+        ),
+    )
 
 
 def without_folders(value: Any) -> Any:

@@ -155,7 +155,7 @@ def test_vendored_code_is_flat_and_holds_only_what_is_used(exported):
     # no family but its own
     assert {path.name for path in (root / "rfa").glob("hf_attn_models_*.py")} == {
         f"hf_attn_models_{name}.py"
-        for name in ("bert", "configuration", "family", "limits", "saving", "spec", "wrapping")
+        for name in ("bert", "cache", "configuration", "family", "limits", "saving", "spec", "wrapping")
     }
 
 

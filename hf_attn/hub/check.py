@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_attn.errors import HfAttnError, InvalidInput, Unsupported
 from hf_attn.hub.card_check import check_eval_results
+from hf_attn.hub.families import DESCRIBED
 from hf_attn.hub.secrets import refuse_secrets
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def check_config(folder: Path) -> PreTrainedConfig:
     """The config of a checkpoint of hf_attn, loaded from its file alone."""
     from transformers import AutoConfig
 
-    from hf_attn.models.configuration import OWN
+    from hf_attn.models.own import OWN
 
     # first as JSON: the loader's own message for a damaged file does not name it
     read_json(folder / "config.json")
@@ -117,6 +118,12 @@ def check_config(folder: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (HfAttnError, ValueError, OSError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InvalidInput(f"config.json in {str(folder)!r} does not load: {error}") from error
+    if config.model_type in OWN and config.model_type not in DESCRIBED:
+        raise Unsupported(
+            f"pack {folder}",
+            f"model_type={config.model_type!r} is a family whose card cannot be written yet",
+            "Publish the models that it is made of, or upload the saved folder with `hf upload`",
+        )
     if config.model_type not in OWN and not getattr(config, "attention", None):
         raise Unsupported(
             f"pack {folder}",
@@ -157,9 +164,10 @@ def model_class_of(folder: Path, config: PreTrainedConfig) -> Any:
     """The class of this package (for a stock config: of transformers) that a config names."""
     import transformers
 
-    from hf_attn.models.configuration import OWN, AttnConfigMixin
+    from hf_attn.models.configuration import AttnConfigMixin
     from hf_attn.models.family import attn_class
     from hf_attn.models.loading import model_classes
+    from hf_attn.models.own import OWN
 
     named = next(iter(getattr(config, "architectures", None) or []), None)
     if config.model_type in OWN:

@@ -26,14 +26,6 @@ STATIC = {"bert": "bert", "vit": "vit", "gpt2": "gpt2"}
 GENERATED = ("roberta", "distilbert", "deit", "llama", "qwen2", "qwen3", "modernbert")
 """Further model types whose converted checkpoints load in a fresh process; any other after `register_family`."""
 
-OWN = {
-    "gau": ("hf_attn.models.gau_config", "GauConfig"),
-    "aa_resnet": ("hf_attn.models.aa_resnet_config", "AAResNetConfig"),
-    "howm": ("hf_attn.models.world_model_config", "WorldModelConfig"),
-    "dual_encoder": ("hf_attn.models.dual_encoder_config", "DualEncoderConfig"),
-}
-"""Model types with a config class of their own, and where it lives."""
-
 
 VERSION = "hf_attn_version"
 """Field of a published config.json: the version of this package that wrote it."""
@@ -204,21 +196,6 @@ def register_family(model_type: str) -> type[PreTrainedConfig]:
 def announce_family(model_type: str) -> None:
     """`register_family`, put off until a checkpoint of the family is loaded."""
     announce(f"attn_{model_type}", functools.partial(register_family, model_type))
-
-
-def announce_own() -> None:
-    """The families that stand in for no stock class, put off like the others."""
-    for model_type, (home, name) in OWN.items():
-
-        def load(home: str = home, name: str = name) -> type[PreTrainedConfig]:
-            from transformers.models.auto.configuration_auto import AutoConfig
-
-            # not where the class is made: several checkpoints may each bring their own copy of it
-            found = getattr(importlib.import_module(home), name)
-            AutoConfig.register(found.model_type, found, exist_ok=True)
-            return found
-
-        announce(model_type, load)
 
 
 def announce(model_type: str, load: Callable[[], type[PreTrainedConfig]]) -> None:

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 from hf_attn.errors import InvalidInput, Unsupported
 from hf_attn.models.dual_encoder_config import DualEncoderConfig
 from hf_attn.models.dual_encoder_losses import LOSSES, onehot_loss
+from hf_attn.models.saving import SavedModelMixin
 from hf_attn.models.wrapping import attention_modules
 
 
@@ -60,7 +61,7 @@ def pool(states: Tensor, attention_mask: Tensor, how: str) -> Tensor:
     return states.masked_fill(~real, 0).take_along_dim(last[:, None, None], dim=1)[:, 0]
 
 
-class DualEncoderModel(PreTrainedModel):
+class DualEncoderModel(SavedModelMixin, PreTrainedModel):
     """A dual encoder.
 
     Args:

@@ -169,7 +169,8 @@ def for_mechanism(values: dict[str, Any], name: str | None = None) -> dict[str, 
         get_mechanism(listed)
         if "attn_implementation" in entry:
             raise InvalidOption(f"mechanisms: {listed} must not set attn_implementation: the entry is for {listed}.")
-    for key, value in table.get(name, {}).items():
+    # a choice by layer has no entry of its own
+    for key, value in (table.get(name, {}) if isinstance(name, str) else {}).items():
         _set(values, key, value)
     if isinstance(values.get("output_dir"), str):
         values["output_dir"] = values["output_dir"].replace("{mechanism}", str(name))

@@ -152,6 +152,11 @@ def test_vendored_code_is_flat_and_holds_only_what_is_used(exported):
         assert len(others) > 8 and not [name for name in files if "recipes" in name or "hub" in name or "cli" in name]
     assert {path.name for path in (root / "rfa").glob("*.py")} >= {"modeling_hf_attn.py", "hf_attn_mechanisms_rfa.py"}
     assert not (root / "rfa" / "hf_attn_mechanisms_lara.py").exists()
+    # no family but its own
+    assert {path.name for path in (root / "rfa").glob("hf_attn_models_*.py")} == {
+        f"hf_attn_models_{name}.py"
+        for name in ("bert", "cache", "configuration", "family", "limits", "saving", "spec", "wrapping")
+    }
 
 
 def test_with_the_package_no_trust_is_needed_and_the_package_wins(exported):

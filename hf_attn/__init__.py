@@ -40,11 +40,13 @@ _HOMES = {
         "GauConfig", "GauForCausalLM", "GauForImageClassification", "GauForMaskedLM", "GauForSequenceClassification",
         "GauForTokenClassification", "GauModel",
     ),
+    "hf_attn.models.dual_encoder": ("DualEncoderConfig", "DualEncoderModel"),
     "hf_attn.mechanisms.convolutions": ("DeformableConv2d", "deform_conv2d"),
     "hf_attn.models.aa_resnet": (
         "AAResNetBackbone", "AAResNetConfig", "AAResNetForImageClassification", "AAResNetModel", "AugmentedConv2d",
         "aa_resnet_from_resnet", "aa_resnet_stats",
     ),
+    "hf_attn.models.world_model": ("SlotAttentionModel", "WorldModel", "WorldModelConfig"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

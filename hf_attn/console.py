@@ -13,7 +13,7 @@ from rich.text import Text
 from hf_attn import tables
 from hf_attn.capabilities import Capabilities
 from hf_attn.doctor import Check, Report
-from hf_attn.hub.card import capability_rows
+from hf_attn.hub.families import capability_rows
 
 
 def make(stderr: bool = False) -> Console:

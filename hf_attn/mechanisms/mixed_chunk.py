@@ -70,6 +70,7 @@ class MixedChunkAttention(AttentionModule):
 
     name = "mixed_chunk"
     options_class = MixedChunkOptions
+    needs_training = "adds a linear part on another scale than a softmax"
 
     def __init__(self, num_heads: int, head_dim: int, options: MixedChunkOptions):
         super().__init__(num_heads, head_dim, options)

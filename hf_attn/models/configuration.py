@@ -29,6 +29,8 @@ GENERATED = ("roberta", "distilbert", "deit", "llama", "qwen2", "qwen3", "modern
 OWN = {
     "gau": ("hf_attn.models.gau_config", "GauConfig"),
     "aa_resnet": ("hf_attn.models.aa_resnet_config", "AAResNetConfig"),
+    "howm": ("hf_attn.models.world_model_config", "WorldModelConfig"),
+    "dual_encoder": ("hf_attn.models.dual_encoder_config", "DualEncoderConfig"),
 }
 """Model types with a config class of their own, and where it lives."""
 
@@ -51,7 +53,38 @@ def warn_newer(published: Any, installed: str) -> None:
         )
 
 
-class AttnConfigMixin:
+class StoredConfigMixin:
+    """The part of a config of this package that reads config.json as a stranger's file, and writes no code beside it."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of a stored dict, without `auto_map`.
+
+        Raises:
+            InvalidOption: a field has a wrong type, or asks for more than any model has; nothing was built.
+        """
+        check_stored(config_dict)
+        published = config_dict.get(VERSION)
+        if cls.__module__.startswith("hf_attn."):
+            # the code beside a checkpoint is for machines without this package; saving again must not point at it
+            config_dict = {key: value for key, value in config_dict.items() if key not in ("auto_map", VERSION)}
+            if published is not None:
+                warn_newer(published, sys.modules[cls.__module__.partition(".")[0]].__version__)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except HfAttnError:
+            raise
+        except Exception as error:  # a stranger's config can go wrong in any place of the stock class
+            raise InvalidOption(f"config: {cls.__name__} cannot be made of it ({error}).") from error
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing for classes of the installed package, which need no code beside their checkpoints."""
+        if not cls.__module__.startswith("hf_attn."):
+            super().register_for_auto_class(auto_class)
+
+
+class AttnConfigMixin(StoredConfigMixin):
     """The part of a config that knows the mechanisms: `attention`, filled by attn_implementation and attention_options."""
 
     stock_class: type[PreTrainedConfig]
@@ -85,30 +118,15 @@ class AttnConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config of a stored dict, without `auto_map`.
+        """The config of a stored dict; warns of a mechanism in `kwargs` that the checkpoint must be trained with first."""
+        stored, asked = config_dict.get("attention"), kwargs.get("attn_implementation")
+        made = super().from_dict(config_dict, **kwargs)
+        if asked is not None:
+            from hf_attn.models.spec import warn_switch
 
-        Raises:
-            InvalidOption: a field has a wrong type, or asks for more than any model has; nothing was built.
-        """
-        check_stored(config_dict)
-        published = config_dict.get(VERSION)
-        if cls.__module__.startswith("hf_attn."):
-            # the code beside a checkpoint is for machines without this package; saving again must not point at it
-            config_dict = {key: value for key, value in config_dict.items() if key not in ("auto_map", VERSION)}
-            if published is not None:
-                warn_newer(published, sys.modules[cls.__module__.partition(".")[0]].__version__)
-        try:
-            return super().from_dict(config_dict, **kwargs)
-        except HfAttnError:
-            raise
-        except Exception as error:  # a stranger's config can go wrong in any place of the stock class
-            raise InvalidOption(f"config: {cls.__name__} cannot be made of it ({error}).") from error
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Nothing for classes of the installed package, which need no code beside their checkpoints."""
-        if not cls.__module__.startswith("hf_attn."):
-            super().register_for_auto_class(auto_class)
+            config = made[0] if isinstance(made, tuple) else made
+            warn_switch(None if stored is None else cls._canonical(stored), config.attention)
+        return made
 
     @property
     def _attn_implementation(self) -> str | None:
@@ -193,7 +211,12 @@ def announce_own() -> None:
     for model_type, (home, name) in OWN.items():
 
         def load(home: str = home, name: str = name) -> type[PreTrainedConfig]:
-            return getattr(importlib.import_module(home), name)
+            from transformers.models.auto.configuration_auto import AutoConfig
+
+            # not where the class is made: several checkpoints may each bring their own copy of it
+            found = getattr(importlib.import_module(home), name)
+            AutoConfig.register(found.model_type, found, exist_ok=True)
+            return found
 
         announce(model_type, load)
 

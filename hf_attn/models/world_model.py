@@ -1,327 +1,297 @@
-"""Parts of HOWM, an object-oriented world model whose slots are bound to a library of objects: functions and layers.
+"""HOWM, an object-oriented world model whose slots are bound to a library of objects.
 
 Paper: Zhao, Kong, Walters, Wong, "Toward Compositional Generalization in Object-Oriented World Modeling", ICML 2022
 (arXiv 2204.13661).
 
-A scene shows K of the N objects of a library, in slots whose order is arbitrary. Action attention binds objects to slots,
+    slots          from frozen slot attention, or given                 (B,K,S), in an order of their own
+    M, U           binding of objects to slots, and the slots' actions  (B,N,K), (B,K,A)
+    z' = z + T(z, U),  z = Linear(slots)                                (B,K,D)
+    loss           compares M z', in the order of the library, with M_next z_next, and M z with negatives
 
-    M = softmax over slots of (key of object n) . (W_q slot_k) / sqrt(S)          (N,K), rows sum to 1
-    U = (M + eps)^T W_v LayerNorm(actions)                                        an action for each slot
-
-a graph network moves the slots, and losses compare states in the order of the library, M z (N,D), where two scenes with
-other slot orders agree. Negative states are lifted with their own binding; the official code takes that of the positive
-next state, and calls it unsure.
-
-Shapes: B batch, N library objects, K slots, S slot size, D state size, A actions. Weights are (out, in).
+Training has two stages: `SlotAttentionModel` on pictures, then `WorldModel.from_representation` on transitions.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from hf_attn.errors import InvalidInput
+from hf_attn.models.world_model_config import WorldModelConfig
+from hf_attn.models.world_model_functions import (
+    action_rows,
+    aligned_loss,
+    bind_slots,
+    check_dimensions,
+    equivariance_error,
+    lift,
+    ranking_metrics,
+    slot_actions,
+    state_energy,
+)
+from hf_attn.models.world_model_layers import ActionAttention, SlotAttention, TransitionGNN, TransitionMLP
+from hf_attn.models.world_model_slots import SlotAttentionModel, SlotAttentionOutput, WorldModelPreTrainedModel
+
+__all__ = [
+    "ActionAttention", "Scene", "SlotAttention", "SlotAttentionModel", "SlotAttentionOutput", "TransitionGNN",
+    "TransitionMLP", "WorldModel", "WorldModelConfig", "WorldModelOutput", "WorldModelRollout", "action_rows", "aligned_loss",
+    "bind_slots", "equivariance_error", "lift", "ranking_metrics", "slot_actions", "state_energy",
+]  # fmt: skip
 
 
-def bind_slots(slots: Tensor, query_weight: Tensor, key_weight: Tensor, slot_mask: Tensor | None = None) -> Tensor:
-    """The binding M (B,N,K): for every library object a distribution over the slots.
+@dataclass
+class WorldModelOutput(ModelOutput):
+    """One step.
 
-    Args:
+    Attributes:
+        loss: where next and negative observations were given.
+        predicted_objects: (B,N,D) the prediction, lifted (aligned=False: (B,K,D), as it is).
+        next_objects: (B,N,D) the next observation, lifted, where it was given.
+        predicted_states: (B,K,D), in the order of `slots`.
+        states, next_states: (B,K,D).
+        binding, next_binding: (B,N,K).
         slots: (B,K,S).
-        query_weight: (F,S).
-        key_weight: (F,N), a key for every object: objects are one-hot.
-        slot_mask: (B,K) bool; False slots get 0. An example without slots gets 0 everywhere.
-
-    Raises:
-        InvalidInput: wrong shapes.
     """
-    _dimensions("slots", slots, 3)
-    batch, count, size = slots.shape
-    if query_weight.dim() != 2 or query_weight.shape[1] != size:
-        raise InvalidInput(f"query_weight {tuple(query_weight.shape)} must be (F, {size}): slots have size {size}.")
-    if key_weight.dim() != 2 or key_weight.shape[0] != query_weight.shape[0]:
-        raise InvalidInput(f"key_weight {tuple(key_weight.shape)} must be ({query_weight.shape[0]}, N).")
-    logits = key_weight.T @ (slots @ query_weight.T).transpose(1, 2) / math.sqrt(size)
-    if slot_mask is None:
-        return logits.softmax(-1)
-    if slot_mask.shape != (batch, count) or slot_mask.dtype != torch.bool:
-        raise InvalidInput(f"slot_mask {tuple(slot_mask.shape)} {slot_mask.dtype} must be bool ({batch}, {count}).")
-    visible = slot_mask[:, None]
-    # the lowest finite number, not -inf: rows without slots stay finite
-    masked = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
-    return masked.softmax(-1).masked_fill(~visible, 0)
+
+    loss: Tensor | None = None
+    predicted_objects: Tensor | None = None
+    next_objects: Tensor | None = None
+    predicted_states: Tensor | None = None
+    states: Tensor | None = None
+    next_states: Tensor | None = None
+    binding: Tensor | None = None
+    next_binding: Tensor | None = None
+    slots: Tensor | None = None
 
 
-def slot_actions(
-    binding: Tensor, actions: Tensor, value_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-8
-) -> Tensor:
-    """U (B,K,A'): the actions of the objects, summed into their slots.
+@dataclass
+class WorldModelRollout(ModelOutput):
+    """T steps.
+
+    Attributes:
+        predicted_objects: (B,T,N,D) lifted predictions after 1 to T actions (aligned=False: (B,T,K,D)).
+        predicted_states: (B,T,K,D), in the order of the first slots.
+        binding: (B,N,K) of the first observation, which all actions were bound with.
+    """
+
+    predicted_objects: Tensor | None = None
+    predicted_states: Tensor | None = None
+    binding: Tensor | None = None
+
+
+class Scene(NamedTuple):
+    """An observation: slots (B,K,S), which of them are real (B,K), their binding (B,N,K) and their states (B,K,D)."""
+
+    slots: Tensor
+    mask: Tensor | None
+    binding: Tensor
+    states: Tensor
+
+
+class WorldModel(WorldModelPreTrainedModel):
+    """Predicts the states of a scene's objects after actions.
 
     Args:
-        binding: (B,N,K).
-        actions: (B,N,A), one-hot in the row of the object that acts, zero elsewhere.
-        value_weight: (A',A).
-        norm_weight, norm_bias: (A) of the LayerNorm over actions.
-        eps: added to the binding.
+        config: a WorldModelConfig.
 
-    Raises:
-        InvalidInput: wrong shapes.
-    """
-    _dimensions("binding", binding, 3)
-    _dimensions("actions", actions, 3)
-    if actions.shape[:2] != binding.shape[:2]:
-        raise InvalidInput(
-            f"actions {tuple(actions.shape)} must have a row for each object of binding {tuple(binding.shape)}."
-        )
-    width = actions.shape[2]
-    for name, weight in {"norm_weight": norm_weight, "norm_bias": norm_bias}.items():
-        if weight.shape != (width,):
-            raise InvalidInput(f"{name} {tuple(weight.shape)} must be ({width},): there are {width} actions.")
-    if value_weight.dim() != 2 or value_weight.shape[1] != width:
-        raise InvalidInput(f"value_weight {tuple(value_weight.shape)} must be (A', {width}).")
-    values = functional.layer_norm(actions, (width,), norm_weight, norm_bias) @ value_weight.T
-    return (binding + eps).transpose(1, 2) @ values
-
-
-def lift(binding: Tensor, states: Tensor, pseudo_inverse: bool = False) -> Tensor:
-    """(B,N,D): the states (B,K,D) of the slots in the order of the library, M z; or (pinv M)^T z.
-
-    Raises:
-        InvalidInput: wrong shapes.
-    """
-    _dimensions("binding", binding, 3)
-    _dimensions("states", states, 3)
-    if states.shape[:2] != (binding.shape[0], binding.shape[2]):
-        raise InvalidInput(
-            f"states {tuple(states.shape)} must have a row for each slot of binding {tuple(binding.shape)}."
-        )
-    if not pseudo_inverse:
-        return binding @ states
-    wide = binding.to(torch.promote_types(binding.dtype, torch.float32))
-    return torch.linalg.pinv(wide).transpose(1, 2).to(states.dtype) @ states
-
-
-def state_energy(first: Tensor, second: Tensor, sigma: float = 0.5) -> Tensor:
-    """(B): 1 / (2 sigma^2) times the mean over objects of the squared distance, for states (B,N,D).
-
-    Raises:
-        InvalidInput: different shapes, or sigma that is not positive.
-    """
-    _dimensions("first", first, 3)
-    if first.shape != second.shape:
-        raise InvalidInput(f"second {tuple(second.shape)} must have the shape of first {tuple(first.shape)}.")
-    if not sigma > 0:
-        raise InvalidInput(f"sigma {sigma} must be above 0.")
-    return (first - second).square().sum(2).mean(1) / (2 * sigma**2)
-
-
-def aligned_loss(
-    states: Tensor,
-    predicted: Tensor,
-    next_states: Tensor,
-    negative_states: Tensor,
-    binding: Tensor,
-    next_binding: Tensor,
-    negative_binding: Tensor,
-    hinge: float = 1.0,
-    sigma: float = 0.5,
-    pseudo_inverse: bool = False,
-) -> Tensor:
-    """The contrastive loss in the order of the library; no gradient to the bindings.
-
-        mean E(M predicted, M' next) + mean relu(hinge - E(M states, M_neg negative))
-
-    Args:
-        states, predicted, next_states, negative_states: (B,K,D); `predicted` in the slot order of `states`.
-        binding: (B,N,K) of `states` and `predicted`.
-        next_binding, negative_binding: (B,N,K) of the other two.
-        hinge: the energy from which negatives cost nothing.
-        sigma: of `state_energy`.
-        pseudo_inverse: of `lift`.
-
-    Raises:
-        InvalidInput: wrong shapes, or sigma that is not positive.
-    """
-    lifted = [
-        lift(bound.detach(), state, pseudo_inverse)
-        for bound, state in (
-            (binding, predicted),
-            (next_binding, next_states),
-            (binding, states),
-            (negative_binding, negative_states),
-        )
-    ]
-    positive = state_energy(lifted[0], lifted[1], sigma)
-    negative = state_energy(lifted[2], lifted[3], sigma)
-    return positive.mean() + (hinge - negative).relu().mean()
-
-
-def ranking_metrics(predicted: Tensor, target: Tensor, ks: Sequence[int] = (1, 5, 10)) -> tuple[Tensor, Tensor]:
-    """Mean reciprocal rank, and for every k the share of ranks up to k (len ks).
-
-    The rank of a prediction is its place among all predictions by distance to its target, from 1; it comes first among
-    equally near ones.
-
-    Args:
-        predicted, target: (n, ...), flattened.
-
-    Raises:
-        InvalidInput: different shapes, no predictions, numbers that are not finite, or a k below 1.
-    """
-    if predicted.shape != target.shape or predicted.dim() < 2 or 0 in predicted.shape:
-        raise InvalidInput(
-            f"predicted {tuple(predicted.shape)} and target {tuple(target.shape)} must be alike, (n, ...)."
-        )
-    if not ks or min(ks) < 1:
-        raise InvalidInput(f"ks {tuple(ks)} must be numbers of at least 1.")
-    if not bool(torch.isfinite(predicted).all() and torch.isfinite(target).all()):
-        raise InvalidInput("predicted and target must be finite: a distance that is no number has no rank.")
-    flat = [tensor.flatten(1).to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (target, predicted)]
-    # not by matrix products: a distance must not depend on rounding, or the true one loses ties
-    distance = torch.cdist(*flat, compute_mode="donot_use_mm_for_euclid_dist")
-    rank = 1 + (distance < distance.diagonal()[:, None]).sum(1)
-    hits = torch.stack([(rank <= k).to(distance.dtype).mean() for k in ks])
-    return (1 / rank.to(distance.dtype)).mean(), hits
-
-
-class SlotAttention(nn.Module):
-    """Slots that compete for inputs; the initial ones are drawn around `slots_mu`, which is not trained.
-
-    k, v = projections of LayerNorm(inputs), then `num_iterations` times
-
-        att   = softmax over slots of k . q / sqrt(S), + eps, divided by its sum over the inputs
-        slots = GRU(att^T v, slots);  slots += MLP(LayerNorm(slots))
+    The representation (`encoder="cnn"`) is frozen: it never has gradients, and always computes as in evaluation.
     """
 
-    slots_mu: Tensor
-    slots_log_sigma: Tensor
+    def __init__(self, config: WorldModelConfig):
+        super().__init__(config)
+        size, dim, actions = config.slot_size, config.embedding_dim, config.num_actions
+        if config.encoder == "cnn":
+            self.representation = SlotAttentionModel(config)
+        self.action_attention = ActionAttention(config.num_library_objects, size, actions)
+        self.embedding = nn.Linear(size, dim)
+        if config.transition == "gnn":
+            self.transition: nn.Module = TransitionGNN(dim, actions, config.transition_hidden)
+        else:
+            self.transition = TransitionMLP(dim, actions, config.num_slots, config.transition_hidden)
+        self.post_init()
+        self.train(self.training)
 
-    def __init__(
+    @classmethod
+    def from_representation(cls, representation: SlotAttentionModel, **fields: Any) -> WorldModel:
+        """A new world model that sees with a trained `SlotAttentionModel`; `fields` of the config that differ."""
+        config = WorldModelConfig(**{**representation.config.to_dict(), **fields})
+        model = cls(config)
+        model.representation.load_state_dict(representation.state_dict())
+        return model.to(representation.device)
+
+    def train(self, mode: bool = True) -> WorldModel:
+        """As of every module; the representation stays in evaluation, and frozen (loading makes its weights trainable)."""
+        super().train(mode)
+        if self.config.encoder == "cnn":
+            self.representation.eval().requires_grad_(False)
+        return self
+
+    def observe(
         self,
-        input_size: int,
-        slot_size: int,
-        num_slots: int,
-        num_iterations: int = 3,
-        mlp_hidden_size: int = 128,
-        eps: float = 1e-8,
-    ):
-        """Raises `InvalidInput` for sizes that are not positive."""
-        super().__init__()
-        _positive(
-            input_size=input_size,
-            slot_size=slot_size,
-            num_slots=num_slots,
-            num_iterations=num_iterations,
-            mlp_hidden_size=mlp_hidden_size,
-        )
-        self.num_slots, self.num_iterations, self.eps = num_slots, num_iterations, eps
-        self.norm_inputs, self.norm_slots = nn.LayerNorm(input_size), nn.LayerNorm(slot_size)
-        self.norm_mlp = nn.LayerNorm(slot_size)
-        self.project_q = nn.Linear(slot_size, slot_size, bias=False)
-        self.project_k = nn.Linear(input_size, slot_size, bias=False)
-        self.project_v = nn.Linear(input_size, slot_size, bias=False)
-        self.gru = nn.GRUCell(slot_size, slot_size)
-        self.mlp = nn.Sequential(
-            nn.Linear(slot_size, mlp_hidden_size), nn.ReLU(), nn.Linear(mlp_hidden_size, slot_size)
-        )
-        self.register_buffer("slots_mu", torch.empty(1, 1, slot_size))
-        self.register_buffer("slots_log_sigma", torch.empty(1, 1, slot_size))
-        nn.init.xavier_uniform_(self.slots_mu)
-        nn.init.xavier_uniform_(self.slots_log_sigma)
-
-    def forward(self, inputs: Tensor, slots: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """(B,K,S) slots.
+        pixel_values: Tensor | None = None,
+        slots: Tensor | None = None,
+        slot_mask: Tensor | None = None,
+        identities: Tensor | None = None,
+        name: str = "",
+    ) -> Scene:
+        """Bind and embed an observation.
 
         Args:
-            inputs: (B,n,input_size).
-            slots: (B,K,S) the initial slots; drawn where None, in evaluation too.
-            generator: of the draw.
+            pixel_values: (B,C,H,H), or
+            slots: (B,K,S).
+            slot_mask: (B,K) bool, True = real.
+            identities: see `ActionAttention.bind`.
+            name: of the observation, for messages.
 
         Raises:
-            InvalidInput: wrong shapes.
+            InvalidInput: not one of pixel_values and slots, or wrong shapes.
         """
-        _dimensions("inputs", inputs, 3)
-        batch, size = inputs.shape[0], self.slots_mu.shape[2]
-        if inputs.shape[2] != self.norm_inputs.normalized_shape[0]:
-            raise InvalidInput(f"inputs {tuple(inputs.shape)} must be (B, n, {self.norm_inputs.normalized_shape[0]}).")
+        if (pixel_values is None) == (slots is None):
+            raise InvalidInput(f"WorldModel: give one of {name}pixel_values and {name}slots.")
         if slots is None:
-            shape = (batch, self.num_slots, size)
-            noise = torch.randn(shape, generator=generator, dtype=inputs.dtype, device=inputs.device)
-            slots = self.slots_mu + self.slots_log_sigma.exp() * noise
-        elif slots.shape != (batch, self.num_slots, size):
-            raise InvalidInput(f"slots {tuple(slots.shape)} must be ({batch}, {self.num_slots}, {size}).")
-        normed = self.norm_inputs(inputs)
-        key, value = self.project_k(normed), self.project_v(normed)
-        for _ in range(self.num_iterations):
-            query = self.project_q(self.norm_slots(slots))
-            logits = key @ query.transpose(1, 2) / math.sqrt(size)
-            weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)) + self.eps
-            weights = (weights / weights.sum(1, keepdim=True)).to(value.dtype)
-            updates = weights.transpose(1, 2) @ value
-            slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
-            slots = slots + self.mlp(self.norm_mlp(slots))
-        return slots
+            if self.config.encoder != "cnn":
+                raise InvalidInput(f"WorldModel: encoder='slots' sees no {name}pixel_values. Give {name}slots.")
+            with torch.no_grad():
+                slots = self.representation(pixel_values, return_loss=False).slots
+        check_dimensions(f"{name}slots", slots, 3)
+        if slots.shape[2] != self.config.slot_size:
+            raise InvalidInput(f"{name}slots {tuple(slots.shape)} must be (B, K, {self.config.slot_size}).")
+        slots = slots.to(self.embedding.weight.dtype)
+        binding = self.action_attention.bind(slots, slot_mask, identities)
+        return Scene(slots, slot_mask, binding, self.embedding(slots))
 
-
-class TransitionGNN(nn.Module):
-    """The change of every slot from its state, its action and messages from the others: equivariant to slot order."""
-
-    def __init__(self, embedding_dim: int, action_dim: int, hidden_size: int = 512):
-        """Raises `InvalidInput` for sizes that are not positive."""
-        super().__init__()
-        _positive(embedding_dim=embedding_dim, action_dim=action_dim, hidden_size=hidden_size)
-        self.edge_mlp = _mlp(2 * embedding_dim, hidden_size, hidden_size)
-        self.node_mlp = _mlp(embedding_dim + action_dim + hidden_size, hidden_size, embedding_dim)
-
-    def forward(self, states: Tensor, actions: Tensor, slot_mask: Tensor | None = None) -> Tensor:
-        """(B,K,D) changes from states (B,K,D) and actions (B,K,A).
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        actions: Tensor | None = None,
+        next_pixel_values: Tensor | None = None,
+        negative_pixel_values: Tensor | None = None,
+        slots: Tensor | None = None,
+        next_slots: Tensor | None = None,
+        negative_slots: Tensor | None = None,
+        slot_mask: Tensor | None = None,
+        next_slot_mask: Tensor | None = None,
+        negative_slot_mask: Tensor | None = None,
+        object_mask: Tensor | None = None,
+        negative_object_mask: Tensor | None = None,
+        identities: Tensor | None = None,
+        **kwargs: Any,
+    ) -> WorldModelOutput:
+        """One step, and its loss where the next and a negative observation are given.
 
         Args:
-            slot_mask: (B,K) bool; False slots send no messages, and do not change.
+            pixel_values, next_pixel_values, negative_pixel_values: (B,C,H,H) pictures; or their slots:
+            slots, next_slots, negative_slots: (B,K,S).
+            actions: (B,N,A), one-hot in the row of the object that acts, zero elsewhere (`action_rows` makes them).
+            slot_mask, next_slot_mask, negative_slot_mask: (B,K) bool, True = real.
+            object_mask: (B,N) bool, the objects of the scene; rows of others do not count in the loss. None: all count.
+            negative_object_mask: (B,N) bool of the negatives.
+            identities: see `ActionAttention.bind`.
+            kwargs: return_dict.
 
         Raises:
-            InvalidInput: wrong shapes.
+            InvalidInput: an observation or the actions are missing or have wrong shapes.
         """
-        _dimensions("states", states, 3)
-        _dimensions("actions", actions, 3)
-        batch, count, _ = states.shape
-        if actions.shape[:2] != (batch, count):
+        if actions is None:
+            raise InvalidInput("WorldModel: actions are missing.")
+        if negative_object_mask is not None and self.config.neg_binding == "next":
+            raise InvalidInput("WorldModel: negative_object_mask has no use with neg_binding='next'. Leave it out.")
+        now = self.observe(pixel_values, slots, slot_mask, identities)
+        predicted = now.states + self._change(now, actions)
+        frame = self._frame(now, object_mask)
+        out = WorldModelOutput(
+            predicted_objects=self._lift(frame, predicted), predicted_states=predicted, states=now.states,
+            binding=now.binding.detach(), slots=now.slots,
+        )  # fmt: skip
+        wants_loss = negative_pixel_values is not None or negative_slots is not None
+        if next_pixel_values is None and next_slots is None:
+            if wants_loss:
+                raise InvalidInput(
+                    "WorldModel: negatives without a next observation. Give next_pixel_values or next_slots."
+                )
+            return out
+        then = self.observe(next_pixel_values, next_slots, next_slot_mask, identities, "next_")
+        next_frame = self._frame(then, object_mask)
+        out.next_objects, out.next_states = self._lift(next_frame, then.states), then.states
+        out.next_binding = then.binding.detach()
+        if wants_loss:
+            other = self.observe(negative_pixel_values, negative_slots, negative_slot_mask, identities, "negative_")
+            own = self.config.neg_binding == "own"
+            other_frame = self._frame(other, negative_object_mask) if own else next_frame
+            out.loss = aligned_loss(
+                now.states, predicted, then.states, other.states, frame, next_frame, other_frame,
+                self.config.hinge, self.config.sigma, self.config.pseudo_inverse,
+            )  # fmt: skip
+        return out
+
+    def predict(
+        self,
+        pixel_values: Tensor | None = None,
+        actions: Tensor | None = None,
+        slots: Tensor | None = None,
+        slot_mask: Tensor | None = None,
+        identities: Tensor | None = None,
+        hard: bool = False,
+    ) -> WorldModelRollout:
+        """T steps from one observation, which binds all their actions.
+
+        Args:
+            pixel_values, slots, slot_mask, identities: of the first observation.
+            actions: (B,T,N,A).
+            hard: bind each object to one slot alone, the one with the largest weight.
+
+        Raises:
+            InvalidInput: as `forward`.
+        """
+        if actions is None or actions.dim() != 4 or not actions.shape[1]:
+            shape = None if actions is None else tuple(actions.shape)
+            raise InvalidInput(f"WorldModel.predict: actions {shape} must be (B,T,N,A), with T of at least 1.")
+        scene = self.observe(pixel_values, slots, slot_mask, identities)
+        if hard:
+            scene = scene._replace(binding=hard_binding(scene.binding))
+        states, frame = [scene.states], self._frame(scene, None)
+        for action in actions.unbind(1):
+            states.append(states[-1] + self._change(scene._replace(states=states[-1]), action))
+        objects = torch.stack([self._lift(frame, state) for state in states[1:]], dim=1)
+        return WorldModelRollout(objects, torch.stack(states[1:], dim=1), scene.binding.detach())
+
+    def lift_scene(self, scene: Scene, hard: bool = False) -> Tensor:
+        """(B,N,D): an observation in the order of the library, what predictions are compared with."""
+        scene = scene._replace(binding=hard_binding(scene.binding)) if hard else scene
+        return self._lift(self._frame(scene, None), scene.states)
+
+    def _change(self, scene: Scene, actions: Tensor) -> Tensor:
+        actions = self.action_attention(scene.binding, actions.to(scene.states.dtype))
+        return self.transition(scene.states, actions, scene.mask)
+
+    def _frame(self, scene: Scene, object_mask: Tensor | None) -> Tensor:
+        """What states are lifted with: the binding; without alignment, each slot to itself."""
+        if not self.config.aligned:
+            if object_mask is not None:
+                raise InvalidInput("WorldModel: object masks have no use with aligned=False. Leave them out.")
+            real = torch.ones_like(scene.states[..., 0]) if scene.mask is None else scene.mask.to(scene.states.dtype)
+            return torch.diag_embed(real)
+        binding = scene.binding.detach()
+        if object_mask is None:
+            return binding
+        if object_mask.shape != binding.shape[:2] or object_mask.dtype != torch.bool:
             raise InvalidInput(
-                f"actions {tuple(actions.shape)} must have a row for each slot of states {tuple(states.shape)}."
+                f"object_mask {tuple(object_mask.shape)} {object_mask.dtype} must be bool {tuple(binding.shape[:2])}."
             )
-        if slot_mask is not None and (slot_mask.shape != (batch, count) or slot_mask.dtype != torch.bool):
-            raise InvalidInput(f"slot_mask {tuple(slot_mask.shape)} {slot_mask.dtype} must be bool ({batch}, {count}).")
-        pairs = (batch, count, count, -1)
-        edges = self.edge_mlp(torch.cat([states[:, :, None].expand(pairs), states[:, None].expand(pairs)], dim=-1))
-        sends = ~torch.eye(count, dtype=torch.bool, device=states.device)
-        if slot_mask is not None:
-            sends = sends & slot_mask[:, None]
-        messages = edges.masked_fill(~sends[..., None], 0).sum(2)
-        change = self.node_mlp(torch.cat([states, actions, messages], dim=-1))
-        return change if slot_mask is None else change.masked_fill(~slot_mask[..., None], 0)
+        return binding.masked_fill(~object_mask[..., None], 0)
+
+    def _lift(self, frame: Tensor, states: Tensor) -> Tensor:
+        return lift(frame, states, self.config.pseudo_inverse)
 
 
-def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, hidden),
-        nn.LayerNorm(hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, outputs),
-    )
-
-
-def _dimensions(name: str, tensor: Tensor, dimensions: int) -> None:
-    if tensor.dim() != dimensions:
-        raise InvalidInput(f"{name} {tuple(tensor.shape)} must have {dimensions} dimensions.")
-
-
-def _positive(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 1:
-            raise InvalidInput(f"{name} {value} must be at least 1.")
+def hard_binding(binding: Tensor) -> Tensor:
+    """One-hot rows: each object in the slot with its largest weight; rows of zeros stay zeros."""
+    chosen = functional.one_hot(binding.argmax(-1), binding.shape[-1]).to(binding.dtype)
+    return chosen.masked_fill(~(binding > 0).any(-1, keepdim=True), 0)

@@ -1,181 +1,342 @@
-"""Which form of a topological mask is the fastest, mask by mask and length by length?
+"""The dense, tiled and structured forms of topological masks, timed against each other; the choice follows the table.
 
-python scripts/topological_forms.py [--lengths 196 512 1024 2048 4096] [--output docs/benchmarks/topological_forms]
+python scripts/topological_forms.py --apply
 
-Three forms give the same numbers: dense (the whole mask), tiled (as many rows at once as pay), and structured (FFT, two
-passes over the tree, chunked recurrence, sums over the rank). Each is timed in turns with the dense form, after its
-output and the gradient of its values were found equal to it; `auto` is what the mechanism chooses by itself.
+B = 1, H = 1, D = 64, relu features. The structured form is the FFT (toeplitz, block_toeplitz), the chunked recurrence
+(decay), the two passes (tree), or the sums over the rank (low_rank); graph_kernel and heat have none. Tiled and
+structured form run in turns with the dense one; a ratio is the median over the pairs, below 1 where the form is faster
+than dense. Before a form is timed, its output and gradients are compared with those of the dense one, and
+every form with the definition in float64. Forms that take ten times as long get one pair. Beyond 4096 keys, where the
+dense form needs too much memory, the structured form is timed against the tiled one, forward; only where it had not won
+before, and took less than four times as long at half the length: twice the length can at best halve that.
+
+A crossover is the least measured length from which the structured form beats the tiled one, forward and backward, at
+every longer length; for low_rank in units of the rank P. `STRUCTURED_FROM` of the mechanism holds the largest over the
+rows of a mask; `--apply` writes it there.
 """
 
 import argparse
 import csv
-import datetime
 import math
+import re
 import sys
-from collections.abc import Callable
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.progress import Progress
+from rich.progress import track
 from torch import Tensor
 
 import hf_attn
-from hf_attn.bench.timing import Comparison, TooSlow, compare, host_clock
+from hf_attn.bench.checks import Mismatch, finite, scattered, within
+from hf_attn.bench.report import Environment, OtherLoad
+from hf_attn.bench.timing import TooSlow, compare, host_clock
+from hf_attn.bench.workload import forward_step, gradient_step
 from hf_attn.mechanisms import topological
 
-HEADS, DIM = 4, 64
-BUDGET = 10.0
-"""Seconds for three pairs of a cell."""
-CHOICES = dict(topological.STRUCTURED_FROM)
-FORMS: dict[str, tuple[int, float | None]] = {
-    "dense": (2**40, None),
-    "tiled": (0, math.inf),
-    "structured": (0, 0),
-    "auto": (512, None),
-}
-"""Form -> `fft_min_length`, and the length from which the structured form is taken (None: the mechanism's own)."""
-MASKS: dict[str, tuple[Callable[[int], dict], bool]] = {
-    "toeplitz": (lambda n: {"mask_type": "toeplitz", "max_length": n}, False),
-    "toeplitz, causal": (lambda n: {"mask_type": "toeplitz", "max_length": n}, True),
-    "block_toeplitz": (lambda n: {"mask_type": "block_toeplitz", "grid_size": (math.isqrt(n),) * 2}, False),
-    "tree": (lambda n: {"mask_type": "tree", "parent": [-1, *((i - 1) // 2 for i in range(1, n))]}, False),
-    "decay": (lambda n: {"mask_type": "decay"}, False),
-    "decay, causal": (lambda n: {"mask_type": "decay"}, True),
-    "low_rank, 4 columns": (lambda n: {"mask_type": "low_rank", "max_length": n, "rank": 4}, False),
-    "low_rank, 16 columns": (lambda n: {"mask_type": "low_rank", "max_length": n, "rank": 16}, False),
-}
-"""Label -> options at a length, and whether it is causal. The tree is a heap: node i under node (i - 1) // 2."""
+LENGTHS = (196, 256, 512, 1024, 2048, 4096, 8192, 16384)
+LONG = 4096
+"""Longest length of the dense form, in keys; of graphs, whose mask has to be built, a quarter."""
+HEADS, HEAD_DIM, SLOW = 1, 64, 10.0
+FIELDS = ("mask", "causal", "length", "heads", "pass", "form", "baseline", "ratio", "low", "high", "seconds", "note")
+MODULE = Path(topological.__file__)
 
 
-def step(module: torch.nn.Module, qkv: list[Tensor], causal: bool, least: float | None, backward: bool) -> Callable:
-    def run() -> tuple[Tensor, ...]:
-        topological.STRUCTURED_FROM.update(CHOICES if least is None else dict.fromkeys(CHOICES, least))
-        with torch.set_grad_enabled(backward):
-            out = module(*qkv, is_causal=causal)
-            return (out, torch.autograd.grad(out.sum(), qkv)[2]) if backward else (out,)
+@dataclass(frozen=True)
+class Kind:
+    """A line of the table: a mask and the order of the call."""
 
-    return run
+    mask: str
+    causal: bool = False
+    rank: int = 1
+
+    @property
+    def label(self) -> str:
+        return self.mask + (f" P={self.rank}" if self.mask == "low_rank" else "") + " causal" * self.causal
+
+    def options(self, length: int) -> dict[str, Any]:
+        rows = max(n for n in range(1, math.isqrt(length) + 1) if length % n == 0)
+        columns = length // rows
+        # first column down, then along each row: a spanning tree of the grid
+        parent = [node - 1 if node % columns else node - columns for node in range(length)]
+        given = {
+            "toeplitz": {"max_length": length},
+            "block_toeplitz": {"grid_size": (rows, columns)},
+            "low_rank": {"max_length": length, "rank": self.rank},
+            "tree": {"parent": [-1, *parent[1:]]},
+            "heat": {"grid_size": (rows, columns)},
+            "graph_kernel": {"grid_size": (rows, columns)},
+        }
+        return {"mask_type": self.mask, **given.get(self.mask, {})}
+
+    @property
+    def structured(self) -> bool:
+        return self.mask in topological.STRUCTURED_FROM
 
 
-def cell(label: str, length: int, backward: bool, slow: set[str]) -> dict[str, Comparison]:
-    """Form -> its times against the dense form's. Forms that take too long are left out and added to `slow`.
+KINDS = (
+    Kind("decay"), Kind("decay", True), Kind("low_rank", rank=4), Kind("low_rank", rank=16), Kind("tree"),
+    Kind("graph_kernel"), Kind("heat"), Kind("toeplitz"), Kind("toeplitz", True), Kind("block_toeplitz"),
+    Kind("block_toeplitz", True),
+)  # fmt: skip
+"""The slowest last, where the time may be over."""
 
-    Raises:
-        RuntimeError: a form differs from the dense one.
-    """
-    options, causal = MASKS[label]
-    torch.manual_seed(0)
-    steps = {}
-    for form, (dense_below, least) in FORMS.items():
-        module = hf_attn.build(
-            "topological", num_heads=HEADS, head_dim=DIM, fft_min_length=dense_below, **options(length)
-        )
-        steps[form] = module, least
-    state = steps["dense"][0].state_dict()
-    qkv = [torch.randn(1, HEADS, length, DIM, requires_grad=backward) for _ in range(3)]
-    found = {}
-    for form, (module, least) in steps.items():
-        module.load_state_dict(state)
-        steps[form] = step(module, qkv, causal, least, backward)
-    expected = steps["dense"]()
-    for form, candidate in steps.items():
-        if form in slow:
+
+@dataclass(frozen=True)
+class Row:
+    """One timed form. `ratio` is to `baseline`, and empty where the cell was left out; `note` says why."""
+
+    mask: str
+    causal: bool
+    length: int
+    heads: int
+    mode: str
+    form: str
+    baseline: str
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    seconds: float | None = None
+    note: str = ""
+
+    def cells(self) -> list[str]:
+        return ["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in vars(self).values()]
+
+
+class Forms:
+    """One mask at one length, with its three forms on the same tensors."""
+
+    def __init__(self, kind: Kind, length: int, heads: int, dtype: torch.dtype = torch.float32):
+        torch.manual_seed(0)
+        built = hf_attn.build("topological", num_heads=heads, head_dim=HEAD_DIM, **kind.options(length))
+        self.module: Any = scattered(built).to(dtype)
+        shape = (4, 1, heads, length, HEAD_DIM)
+        *self.inputs, self.cotangent = torch.randn(shape, dtype=dtype).unbind(0)
+        self.leaves = [x.requires_grad_() for x in (*self.inputs, *self.module.parameters())]
+        self.causal = kind.causal
+
+    def run(self, form: str) -> Tensor:
+        """The output of a form; "naive" is the definition."""
+        if form == "naive":
+            return self.module.naive(*self.inputs, is_causal=self.causal)
+        # shadows the method that chooses
+        self.module.form = lambda keys: form
+        return self.module(*self.inputs, is_causal=self.causal)
+
+    def step(self, form: str, backward: bool) -> Any:
+        if not backward:
+            return forward_step(lambda: self.run(form))
+        return gradient_step(lambda: self.run(form), self.leaves, self.cotangent)
+
+    def agree(self, form: str, expected: str, tolerance: float, backward: bool = True) -> float:
+        """How often the time of `expected` the form took; output and gradients agree, relative to their largest number.
+
+        Raises:
+            Mismatch: they do not.
+        """
+        results, seconds = [], []
+        for step in (self.step(form, backward), self.step(expected, backward)):
+            seconds.append(host_clock(lambda step=step: results.append(step())))
+        for i, (a, b) in enumerate(zip(*results, strict=True)):
+            what = f"{form} against {expected}, " + ("output" if i == 0 else f"gradient {i}")
+            finite([a, b], what)
+            within(a, b, tolerance * max(b.abs().max().item(), 1e-3), what)
+        return seconds[0] / seconds[1]
+
+
+def measure(kind: Kind, length: int, limits: argparse.Namespace) -> list[Row]:
+    """The rows of one mask at one length."""
+    dense = length <= LONG
+    baseline, modes = ("dense", ("forward", "backward")) if dense else ("tiled", ("forward",))
+    forms = (("tiled", "structured") if dense else ("structured",))[: 1 + kind.structured]
+    rows, made = [], Forms(kind, length, HEADS)
+    for form in forms:
+        empty = [Row(kind.label, kind.causal, length, HEADS, mode, form, baseline) for mode in modes]
+        try:
+            slow = made.agree(form, baseline, 1e-3, backward=dense) > SLOW
+        except Mismatch as error:
+            rows += [replace(row, note=str(error)) for row in empty]
             continue
-        for a, b in zip(candidate(), expected, strict=True):
-            if not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item()):
-                raise RuntimeError(f"{label} at {length}: {form} differs by {(a - b).abs().max():.2g}")
-        if form != "dense":
+        for row in empty:
+            steps = (made.step(name, row.mode == "backward") for name in (baseline, form))
+            often = {"repeats": 1, "min_seconds": 0.0} if slow else {"repeats": limits.repeats, "min_seconds": 0.1}
             try:
-                found[form] = compare(steps["dense"], candidate, host_clock, repeats=3, min_seconds=0.2, budget=BUDGET)
-            except TooSlow:
-                slow.add(form)
+                spent = compare(*steps, host_clock, budget=limits.budget, **often)
+            except TooSlow as error:
+                rows.append(replace(row, note=str(error)))
+                continue
+            ratio, seconds = spent.ratio, spent.candidate.median
+            rows.append(replace(row, ratio=ratio.median, low=ratio.low, high=ratio.high, seconds=seconds))
+    return rows
+
+
+def gate() -> None:
+    """Every form against the definition, in float64 at 64 tokens."""
+    for kind in KINDS:
+        made = Forms(kind, 64, 2, torch.float64)
+        for form in ("dense", "tiled", "structured")[: 2 + kind.structured]:
+            made.agree(form, "naive", 1e-7)
+
+
+def against_tiled(rows: list[Row], label: str) -> dict[int, float]:
+    """Length -> time of the structured form over that of the tiled one, the larger of the passes.
+
+    Infinity where the structured form alone was left out; no entry where the tiled one was, too.
+    """
+    found: dict[int, float] = {}
+    for row in (row for row in rows if row.mask == label and row.form == "structured"):
+        tiled = [r.ratio for r in rows if (r.mask, r.length, r.mode, r.form) == (label, row.length, row.mode, "tiled")]
+        other = 1.0 if row.baseline == "tiled" else next(iter(tiled), None)
+        if other is not None:
+            ratio = math.inf if row.ratio is None else row.ratio / other
+            found[row.length] = max(ratio, found.get(row.length, 0.0))
     return found
+
+
+def crossover(rows: list[Row], label: str) -> float:
+    """Least length from which the structured form of a line beats the tiled one at every longer length; or infinity."""
+    least, ratios = math.inf, against_tiled(rows, label)
+    for length in sorted(ratios, reverse=True):
+        if ratios[length] >= 1:
+            break
+        least = length
+    return least
+
+
+def chosen(rows: list[Row]) -> dict[str, float]:
+    """Mask type -> crossover, of low_rank per unit of rank; the largest over the lines of a mask."""
+    found: dict[str, list[float]] = {}
+    for kind in (kind for kind in KINDS if kind.structured):
+        found.setdefault(kind.mask, []).append(crossover(rows, kind.label) / kind.rank)
+    return {mask: max(values) for mask, values in found.items()}
+
+
+def literal(crossovers: dict[str, float]) -> str:
+    """The Python line of `STRUCTURED_FROM`."""
+    entries = (f'"{mask}": {"math.inf" if math.isinf(n) else round(n)}' for mask, n in crossovers.items())
+    return "STRUCTURED_FROM = {" + ", ".join(entries) + "}"
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a written table."""
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    numbers = ("ratio", "low", "high", "seconds")
+    return [
+        Row(
+            line["mask"], line["causal"] == "True", int(line["length"]), int(line["heads"]), line["pass"], line["form"],
+            line["baseline"], *(float(line[name]) if line[name] else None for name in numbers), line["note"],
+        )
+        for line in lines
+    ]  # fmt: skip
+
+
+def write(output: Path, rows: list[Row], facts: Environment) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([FIELDS, *(row.cells() for row in rows)])
+    rows = read(output.with_suffix(".csv"))
+    lengths = sorted({row.length for row in rows})
+    table = [["mask", "form", *(f"N = {n}" for n in lengths)], ["---"] * (2 + len(lengths))]
+    for label, form in dict.fromkeys((row.mask, row.form) for row in rows):
+        cells = []
+        for n in lengths:
+            found = [row for row in rows if (row.mask, row.form, row.length) == (label, form, n)]
+            shown = ["-" if row.ratio is None else f"{row.ratio:.2f}" for row in found]
+            cells.append(" / ".join(shown) + " of tiled" * any(row.baseline == "tiled" for row in found))
+        table.append([label, form, *cells])
+    said = [["mask", "structured from"], ["---", "---"]]
+    for kind in (kind for kind in KINDS if kind.structured):
+        least = crossover(rows, kind.label)
+        said.append([kind.label, "no length measured" if math.isinf(least) else f"{least:.0f} keys"])
+    notes = [f"- {row.mask}, {row.form}, N = {row.length}, {row.mode}: {row.note}" for row in rows if row.note]
+    doc = __doc__.strip().splitlines()
+    text = ["# Forms of topological masks", "", *doc[4:], ""]
+    text += [f"{name.capitalize()}: {value}  " for name, value in facts.facts()]
+    text += ["", "Time over that of the dense form, forward / forward and backward:", ""]
+    text += ["| " + " | ".join(row) + " |" for row in table]
+    text += ["", "Where the structured form takes over:", "", *("| " + " | ".join(row) + " |" for row in said)]
+    text += ["", "So `" + literal(chosen(rows)) + "`.", ""]
+    text += (["Left out:", "", *notes, ""] if notes else []) + [
+        f"![Time over dense, against length]({output.name}.png)",
+        "",
+    ]
+    output.with_suffix(".md").write_text("\n".join(text), encoding="utf-8")
+    draw(output.with_suffix(".png"), rows)
+
+
+def draw(path: Path, rows: list[Row]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    labels = list(dict.fromkeys(row.mask for row in rows))
+    for axes, mode in zip(figure.subplots(1, 2, sharey=True), ("forward", "backward"), strict=True):
+        for number, label in enumerate(labels):
+            for form, style in (("tiled", ":"), ("structured", "-")):
+                shown = [r for r in rows if (r.mask, r.form, r.mode, r.baseline) == (label, form, mode, "dense")]
+                points = [(row.length, row.ratio) for row in shown if row.ratio is not None]
+                if points:
+                    name = label if form == "structured" or label in ("graph_kernel", "heat") else None
+                    axes.plot(*zip(*points, strict=True), style, marker="o", ms=3, color=f"C{number}", label=name)
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set(
+            xscale="log", yscale="log", xlabel="keys", title="forward" if mode == "forward" else "forward + backward"
+        )
+        ticks = sorted({row.length for row in rows if row.baseline == "dense"})
+        axes.set_xticks(ticks, map(str, ticks), fontsize=8)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("time over the dense form\n(solid structured, dotted tiled)")
+    handles = {name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="outside right upper")
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def apply(crossovers: dict[str, float], path: Path = MODULE) -> None:
+    """Write the crossovers into the mechanism."""
+    text, changed = re.subn(
+        r"^STRUCTURED_FROM = \{.*?\}", literal(crossovers), path.read_text("utf-8"), flags=re.M | re.S
+    )
+    if changed != 1:
+        raise RuntimeError(f"{path.name} has {changed} assignments of STRUCTURED_FROM instead of one.")
+    path.write_text(text, "utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[196, 512, 1024, 2048, 4096])
-    parser.add_argument("--masks", nargs="+", choices=list(MASKS), default=list(MASKS))
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/topological_forms"))
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="keys; beyond 4096 without dense form")
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs, at least")
+    parser.add_argument(
+        "--budget", type=float, default=6.0, help="seconds for the pairs of a cell; slower ones are left out"
+    )
+    parser.add_argument("--seconds", type=float, default=220.0, help="seconds for everything; what remains is left out")
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/topological_forms"), help="without suffix")
+    parser.add_argument("--apply", action="store_true", help="write the crossovers into the mechanism")
     arguments = parser.parse_args()
-    rows: list[tuple[str, int, str, str, Comparison]] = []
-    slow: dict[str, set[str]] = {mask: set() for mask in MASKS}
-    cells = [(m, n, b) for m in arguments.masks for n in arguments.lengths for b in (False, True)]
-    with Progress() as progress:
-        for label, length, backward in progress.track(cells):
-            if label == "block_toeplitz" and math.isqrt(length) ** 2 != length:
-                length = math.isqrt(length) ** 2
-            steps = "forward + backward" if backward else "forward"
-            for form, comparison in cell(label, length, backward, slow[label]).items():
-                rows.append((label, length, steps, form, comparison))
-            progress.print(", ".join(str(x) for x in rows[-1][:3]))
-    topological.STRUCTURED_FROM.update(CHOICES)
-    write(arguments.output, rows, f"python scripts/topological_forms.py {' '.join(sys.argv[1:])}".strip())
+    start, load, rows = time.monotonic(), OtherLoad(), []
+    gate()
+    planned = [(kind, n) for n in sorted(set(arguments.lengths)) for kind in KINDS if n <= LONG // 4 or kind.structured]
+    for kind, length in track(planned, description="masks"):
+        if length > LONG and not 1 <= list(against_tiled(rows, kind.label).values() or [math.inf])[-1] < 4:
+            continue
+        if time.monotonic() - start > arguments.seconds:
+            row = Row(
+                kind.label, kind.causal, length, HEADS, "forward", "structured" if kind.structured else "tiled", "dense"
+            )
+            rows.append(replace(row, note=f"the {arguments.seconds:g} s of the sweep were over"))
+            continue
+        rows += measure(kind, length, arguments)
+    facts = Environment.here("python " + " ".join([sys.argv[0], *sys.argv[1:]]), "cpu", 0)
+    write(arguments.output, rows, replace(facts, other_load=str(load)))
+    print(arguments.output.with_suffix(".md").read_text("utf-8"))
+    print(f"{time.monotonic() - start:.0f} s")
+    if arguments.apply:
+        apply(chosen(rows))
     return 0
-
-
-def write(path: Path, rows: list[tuple[str, int, str, str, Comparison]], command: str) -> None:
-    """CSV, Markdown and picture."""
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["mask", "length", "steps", "form", "ratio", "low", "high", "dense ms", "pairs"])
-        for *key, c in rows:
-            spread = (f"{x:.3f}" for x in (c.ratio.median, c.ratio.low, c.ratio.high))
-            writer.writerow([*key, *spread, f"{c.baseline.median * 1e3:.3f}", c.pairs])
-    ratio = {tuple(key): c for *key, c in rows}
-    forms = [form for form in FORMS if form != "dense"]
-    lines = [
-        "# Forms of topological masks",
-        "",
-        *__doc__.strip().splitlines()[4:],
-        "",
-        f"Command: `{command}` (torch {torch.__version__.partition('+')[0]}, hf_attn {hf_attn.__version__}, float32, B=1 H={HEADS} "
-        f"D={DIM}, {torch.get_num_threads()} CPU threads, {datetime.date.today()}).",
-        "",
-        "Median time over that of the dense form in the same run, forward / forward + backward; in bold the fastest. Grids are the "
-        f"largest squares. A dash: three pairs would have taken over {BUDGET:g} s at this length or a shorter one.",
-        "",
-        f"| mask | tokens | dense, ms | {' | '.join(forms)} |",
-        "|---" * (3 + len(forms)) + "|",
-    ]
-    for label, length in dict.fromkeys((key[0], key[1]) for key in ratio):
-        pairs = {f: [ratio.get((label, length, s, f)) for s in ("forward", "forward + backward")] for f in forms}
-        timed = [[p[i] for p in pairs.values() if p[i]] for i in (0, 1)]
-        best = [min(1.0, *(pairs[f][i].ratio.median for f in ("tiled", "structured") if pairs[f][i])) for i in (0, 1)]
-        dense = [min(c.baseline.median for c in cs) * 1e3 for cs in timed]
-
-        def shown(comparison: Comparison | None, least: float) -> str:
-            value = comparison.ratio.median if comparison else math.nan
-            return "–" if not comparison else f"**{value:.2f}**" if value == least else f"{value:.2f}"
-
-        cells = [" / ".join(shown(p[i], best[i]) for i in (0, 1)) for p in pairs.values()]
-        lines.append(f"| {label} | {length} | {dense[0]:.1f} / {dense[1]:.1f} | {' | '.join(cells)} |")
-    lines += ["", "![Time of the forms over that of the dense one](topological_forms.png)", ""]
-    path.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    labels = list(dict.fromkeys(key[0] for key in ratio))
-    figure = Figure(figsize=(3 * -(-len(labels) // 2), 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for place, label in enumerate(labels):
-        axis = figure.add_subplot(2, -(-len(labels) // 2), place + 1)
-        for form in ("tiled", "structured"):
-            for steps, style in (("forward", "-"), ("forward + backward", "--")):
-                line = [(k[1], c.ratio.median) for k, c in ratio.items() if k[0] == label and k[2:] == (steps, form)]
-                axis.plot(
-                    *zip(*line, strict=True),
-                    style,
-                    color={"tiled": "C0", "structured": "C1"}[form],
-                    label=f"{form}, {steps}",
-                )
-        axis.axhline(1, color="0.7", linewidth=0.8)
-        axis.set(title=label, xscale="log", yscale="log", xlabel="tokens")
-        if not place:
-            axis.legend(frameon=False, fontsize=6)
-    figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
 if __name__ == "__main__":

@@ -41,10 +41,11 @@ from hf_attn.mechanisms.topological_options import CAUSAL, GRAPHS, READ_BY, SEQU
 from hf_attn.module import AttentionModule, Call, State
 from hf_attn.registry import Mechanism, register
 
-STRUCTURED_FROM = {"toeplitz": 32768, "block_toeplitz": 32768, "tree": 16384, "decay": 512, "low_rank": 64}
-"""Keys from which the structured form (FFT, tree passes, chunked recurrence, sums over the rank) replaces the tiled
-one; of "low_rank" keys for each unit of rank. Measured on one CPU thread, float32, D = 64. `fft_min_length` can only
-raise it."""
+STRUCTURED_FROM = {"decay": 1024, "low_rank": 128, "tree": math.inf, "toeplitz": math.inf, "block_toeplitz": math.inf}
+"""Keys from which the structured form (FFT, tree passes, chunked recurrence, sums over the rank) replaces the tiled one;
+of "low_rank" keys for each unit of rank; infinite where it won at no length measured. From
+docs/benchmarks/topological_forms.md, written by `scripts/topological_forms.py --apply`. `fft_min_length` can only raise
+it."""
 
 
 class TopologicalAttention(AttentionModule):
@@ -275,14 +276,21 @@ class TopologicalAttention(AttentionModule):
 
     # -- the efficient forms ---------------------------------------------------------------------------------------
 
+    def form(self, keys: int) -> str:
+        """ "dense", "tiled" or "structured": the form that was measured to be the fastest at this many keys."""
+        options, kind = self.options, self.options.mask_type
+        if keys < options.fft_min_length:
+            return "dense"
+        least = STRUCTURED_FROM.get(kind, math.inf) * (options.rank if kind == "low_rank" else 1)
+        return "structured" if keys >= least else "tiled"
+
     def attend(self, call: Call) -> Tensor:
         options, kind, padding = self.options, self.options.mask_type, call.key_padding_mask
         if kind == "none":
             linear = causal_feature_attention if call.is_causal else linear_attention
             return linear(*self._floored(call), call.value, padding)
-        dense = call.keys < options.fft_min_length
-        least = STRUCTURED_FROM.get(kind, math.inf) * (options.rank if kind == "low_rank" else 1)
-        structured = not dense and call.keys >= least
+        form = self.form(call.keys)
+        dense, structured = form == "dense", form == "structured"
         if kind == "decay" and structured:
             return self._decayed(call)
         mask = self.mask(call)

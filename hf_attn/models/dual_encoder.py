@@ -139,6 +139,12 @@ class DualEncoderModel(SavedModelMixin, PreTrainedModel):
                 module._is_hf_initialized = True
         return cls(config, query_encoder, document_encoder)
 
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Switch the attention of every encoder in place, as the encoders themselves do."""
+        for encoder in (self.query_encoder, self.document_encoder):
+            if encoder is not None:
+                encoder.set_attn_implementation(attn_implementation, *args, **kwargs)
+
     @property
     def score_scale(self) -> Tensor | float:
         """The factor of the dot product."""

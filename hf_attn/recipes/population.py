@@ -92,8 +92,8 @@ def population_adam_step(
 def adam_state(params: Mapping[str, Tensor]) -> dict[str, Any]:
     """The state of `population_adam_step` before the first step."""
     leaf = next(iter(params.values()))
-    zeros = {name: torch.zeros_like(p) for name, p in params.items()}
-    return {"m": zeros, "v": dict(zeros), "t": leaf.new_zeros(leaf.shape[0])}
+    moments = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in "mv")
+    return {**dict(zip("mv", moments)), "t": leaf.new_zeros(leaf.shape[0])}
 
 
 def clip_members(grads: Mapping[str, Tensor], max_norm: float) -> tuple[dict[str, Tensor], Tensor]:

@@ -82,7 +82,7 @@ def print_report(report: Report) -> None:
     kernels = _table("operation", "kernel", "usable", "why not, or when")
     last = ""
     for kernel in report.kernels:
-        when = kernel.reason or ("" if kernel.automatic else "only when asked for by name")
+        when = kernel.reason or ("active" if kernel.active else "only when asked for by name")
         usable = _tick(console, tables.NO if kernel.reason else tables.YES)
         kernels.add_row("" if kernel.operation == last else kernel.operation, kernel.backend, usable, when)
         last = kernel.operation

@@ -262,6 +262,7 @@ def write_page(folder: Path, results: Fields) -> None:
     """README.md, results.csv and the pictures, from all results so far."""
     lines = ["# Gated attention units: ablation, comparison, time", ""]
     lines += ["Made by `scripts/gau_experiments.py`; every table names its command. One CPU thread.", ""]
+    lines += ["The recipes in full, with curves and samples: [recipes.md](recipes.md).", ""]
     rows = [["part", "model", "seed", "perplexity", "second half", "parameters", "seconds"]]
     for name in (n for n in PARTS if n in results):
         part, run = PARTS[name], results[name]

@@ -85,13 +85,14 @@ class Speed:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One result on a benchmark that is a dataset on the Hub; goes into `.eval_results/` as well."""
+    """One result on a dataset on the Hub; goes into `.eval_results/` as well. `revision` is the dataset's commit."""
 
     dataset_id: str
     task_id: str
     metric: str
     value: float
     notes: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class CardFacts:
         curve: file name of the training curve, beside the card; None for no picture.
         base_model: the checkpoint it was made from: an id on the Hub, or another name.
         license: an id of the Hub's list; None where it is not known.
+        linearized: arguments of `linearize`, where it was trained to compute what the base model computes.
         fidelity, speed: measured, or None.
         evaluations: results on datasets of the Hub.
         samples: predictions, each with `given`, `expected` and `predicted`.
@@ -133,6 +135,7 @@ class CardFacts:
     curve: str | None = None
     base_model: str | None = None
     license: str | None = "apache-2.0"
+    linearized: dict[str, Any] = field(default_factory=dict)
     fidelity: Fidelity | None = None
     speed: Speed | None = None
     evaluations: tuple[Evaluation, ...] = ()
@@ -175,7 +178,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         "repo": facts.repo_id or f"ORG/{facts.name}",
         "mechanisms": mechanisms,
         "architecture": architecture(facts.config),
-        "settings": settings(facts.arguments),
+        "settings": settings(facts.arguments or facts.linearized),
         "scores": scores(facts.metrics),
         "versions": versions(),
         "samples": [
@@ -220,7 +223,13 @@ def eval_results(facts: CardFacts) -> dict[str, str]:
 
     files: dict[str, list[Any]] = {}
     for result in facts.evaluations:
-        entry = EvalResultEntry(result.dataset_id, result.task_id, round(result.value, 4), notes=result.notes)
+        entry = EvalResultEntry(
+            result.dataset_id,
+            result.task_id,
+            round(result.value, 4),
+            dataset_revision=result.revision,
+            notes=f"{result.metric}, {result.notes}" if result.notes else result.metric,
+        )
         files.setdefault(result.dataset_id.replace("/", "__"), []).append(entry)
     return {
         f".eval_results/{name}.yaml": yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
@@ -254,6 +263,7 @@ def _results(facts: CardFacts) -> list[Any]:
             metric_value=round(result.value, 4),
         )
         for result in facts.evaluations
+        if facts.dataset is None or result.dataset_id != facts.dataset.name
     ]
 
 

@@ -1,6 +1,6 @@
 """What publishing needs to know of a family: its model classes, and the attention that a config describes.
 
-The attn families choose registered mechanisms in `config.attention`. The families of `hf_attn.models.configuration.OWN`
+The attn families choose registered mechanisms in `config.attention`. The families of `hf_attn.models.own`
 have their attention built in: what a card says of it is written here.
 """
 
@@ -49,9 +49,9 @@ def attention_of(config: Any) -> list[Attention]:
     Raises:
         InvalidInput: the config is none of this package.
     """
-    from hf_attn.models.configuration import OWN
+    from hf_attn.models.own import OWN
 
-    described = _DESCRIBED.get(getattr(config, "model_type", None) or "")
+    described = DESCRIBED.get(getattr(config, "model_type", None) or "")
     if described is not None and config.model_type in OWN:
         return [described(config)]
     attention = getattr(config, "attention", None)
@@ -179,7 +179,8 @@ def _augmented_convolutions(config: Any) -> Attention:
     )
 
 
-_DESCRIBED = {"gau": _gated_units, "aa_resnet": _augmented_convolutions}
+DESCRIBED = {"gau": _gated_units, "aa_resnet": _augmented_convolutions}
+"""Families of `hf_attn.models.own` that can be published."""
 
 
 def capability_rows(capabilities: Capabilities) -> list[tuple[str, str]]:

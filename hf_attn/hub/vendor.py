@@ -32,7 +32,7 @@ def vendored(config: PreTrainedConfig) -> dict[str, str]:
         InvalidInput: the source uses an import that cannot be flattened.
     """
     from hf_attn.hub.code import ENTRY, models_of, versions
-    from hf_attn.models.configuration import OWN
+    from hf_attn.models.own import OWN
 
     models = models_of(config)
     homes = list(dict.fromkeys(model.__module__ for model in models))

@@ -14,7 +14,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,17 @@ _setting = setting()
 _tables: dict[str, tuple[Backend, ...]] = {}
 _absent: dict[str, dict[str, str]] = {}
 _refused: dict[str, dict[str, str]] = {}
+
+
+@contextmanager
+def using(value: str) -> Iterator[None]:
+    """Automatic choice as under this value of HF_ATTN_KERNELS, for as long as the block runs."""
+    global _setting
+    before, _setting = _setting, setting({"HF_ATTN_KERNELS": value})
+    try:
+        yield
+    finally:
+        _setting = before
 
 
 def probe(operation: str, backends: Sequence[Backend]) -> None:

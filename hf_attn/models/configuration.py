@@ -26,14 +26,6 @@ STATIC = {"bert": "bert", "vit": "vit", "gpt2": "gpt2"}
 GENERATED = ("roberta", "distilbert", "deit", "llama", "qwen2", "qwen3", "modernbert")
 """Further model types whose converted checkpoints load in a fresh process; any other after `register_family`."""
 
-OWN = {
-    "gau": ("hf_attn.models.gau_config", "GauConfig"),
-    "aa_resnet": ("hf_attn.models.aa_resnet_config", "AAResNetConfig"),
-    "howm": ("hf_attn.models.world_model_config", "WorldModelConfig"),
-    "dual_encoder": ("hf_attn.models.dual_encoder_config", "DualEncoderConfig"),
-}
-"""Model types with a config class of their own, and where it lives."""
-
 
 VERSION = "hf_attn_version"
 """Field of a published config.json: the version of this package that wrote it."""
@@ -118,19 +110,15 @@ class AttnConfigMixin(StoredConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config of a stored dict, and a warning where `attn_implementation` asks for what must be trained first."""
-        stored = config_dict.get("attention")
+        """The config of a stored dict; warns of a mechanism in `kwargs` that the checkpoint must be trained with first."""
+        stored, asked = config_dict.get("attention"), kwargs.get("attn_implementation")
         made = super().from_dict(config_dict, **kwargs)
-        if kwargs.get("attn_implementation") is not None:
-            cls._warn_switch(stored, made[0] if isinstance(made, tuple) else made)
+        if asked is not None:
+            from hf_attn.models.spec import warn_switch
+
+            config = made[0] if isinstance(made, tuple) else made
+            warn_switch(None if stored is None else cls._canonical(stored), config.attention)
         return made
-
-    @staticmethod
-    def _warn_switch(stored: Any, config: Any) -> None:
-        """Warn where a checkpoint with the attention `stored` is read with one that it must be trained with first."""
-        from hf_attn.models.spec import warn_switch
-
-        warn_switch(None if stored is None else AttnConfigMixin._canonical(stored), config.attention)
 
     @property
     def _attn_implementation(self) -> str | None:
@@ -208,21 +196,6 @@ def register_family(model_type: str) -> type[PreTrainedConfig]:
 def announce_family(model_type: str) -> None:
     """`register_family`, put off until a checkpoint of the family is loaded."""
     announce(f"attn_{model_type}", functools.partial(register_family, model_type))
-
-
-def announce_own() -> None:
-    """The families that stand in for no stock class, put off like the others."""
-    for model_type, (home, name) in OWN.items():
-
-        def load(home: str = home, name: str = name) -> type[PreTrainedConfig]:
-            from transformers.models.auto.configuration_auto import AutoConfig
-
-            # not where the class is made: several checkpoints may each bring their own copy of it
-            found = getattr(importlib.import_module(home), name)
-            AutoConfig.register(found.model_type, found, exist_ok=True)
-            return found
-
-        announce(model_type, load)
 
 
 def announce(model_type: str, load: Callable[[], type[PreTrainedConfig]]) -> None:

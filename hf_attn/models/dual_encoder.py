@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 from hf_attn.errors import InvalidInput, Unsupported
 from hf_attn.models.dual_encoder_config import DualEncoderConfig
 from hf_attn.models.dual_encoder_losses import LOSSES, onehot_loss
+from hf_attn.models.saving import SavedModelMixin
 from hf_attn.models.wrapping import attention_modules
 
 
@@ -60,7 +61,7 @@ def pool(states: Tensor, attention_mask: Tensor, how: str) -> Tensor:
     return states.masked_fill(~real, 0).take_along_dim(last[:, None, None], dim=1)[:, 0]
 
 
-class DualEncoderModel(PreTrainedModel):
+class DualEncoderModel(SavedModelMixin, PreTrainedModel):
     """A dual encoder.
 
     Args:
@@ -137,6 +138,12 @@ class DualEncoderModel(PreTrainedModel):
             for module in modules:
                 module._is_hf_initialized = True
         return cls(config, query_encoder, document_encoder)
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Switch the attention of every encoder in place, as the encoders themselves do."""
+        for encoder in (self.query_encoder, self.document_encoder):
+            if encoder is not None:
+                encoder.set_attn_implementation(attn_implementation, *args, **kwargs)
 
     @property
     def score_scale(self) -> Tensor | float:

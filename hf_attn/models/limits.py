@@ -57,10 +57,12 @@ def parameters(stored: dict[str, Any]) -> float:
         return float(found[0]) if found else default
 
     hidden = size("hidden_size", "n_embd", "dim")
-    inner = size("intermediate_size", "n_inner", "hidden_dim", default=4 * hidden)
+    inner = size("intermediate_size", "n_inner", "hidden_dim", default=size("expansion", default=4) * hidden)
     layers = size("num_hidden_layers", "n_layer", "n_layers")
     rows = size("vocab_size") + size("max_position_embeddings", "n_positions") + size("num_labels")
-    return rows * hidden + layers * (4 * hidden * hidden + 2 * hidden * inner)
+    lists = [value if isinstance(value := stored.get(name), list) else [] for name in ("hidden_sizes", "depths")]
+    stages = sum(2.0 * depth * width * width for width, depth in zip(*lists))
+    return rows * hidden + layers * (4 * hidden * hidden + 2 * hidden * inner) + stages
 
 
 def check_attention(attention: Any) -> None:

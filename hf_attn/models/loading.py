@@ -9,8 +9,9 @@ import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from hf_attn.errors import HfAttnError, InvalidInput
-from hf_attn.models.configuration import OWN, AttnConfigMixin
+from hf_attn.models.configuration import AttnConfigMixin
 from hf_attn.models.family import attn_class, auto_heads
+from hf_attn.models.own import OWN
 
 
 def load(source: str, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:

@@ -74,8 +74,6 @@ class SavedModelMixin:
             raise InvalidInput(
                 "push_to_hub takes no token as an argument. Set HF_TOKEN, or log in with `hf auth login`."
             )
-        from huggingface_hub import CommitInfo
-
         # a model must not depend on the hub tools, and its copy in a checkpoint comes without them
         try:
             upload = importlib.import_module("hf_attn.hub.upload")
@@ -85,22 +83,17 @@ class SavedModelMixin:
                 "the checks before an upload are part of the package hf_attn, which is not installed",
                 "Install it, or save the model and run `hf-attn publish` where it is",
             ) from error
+        message = commit_message or upload.MESSAGE
         done = upload.publish(
             self,
             repo_id,
             private=private,
             revision=revision or "main",
             create_pr=create_pr,
-            message=commit_message or "Publish with hf_attn",
+            message=message,
             max_shard_size=max_shard_size,
         )
-        return CommitInfo(
-            commit_url=done.url,
-            commit_message=commit_message or "Publish with hf_attn",
-            commit_description="",
-            oid=done.commit,
-            pr_url=done.pull_request,
-        )
+        return done.commit_info(message)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -41,7 +41,10 @@ class WorldModelConfig(PreTrainedConfig):
     """
 
     model_type = "howm"
-    keys_to_ignore_at_inference = ("predicted_states", "states", "next_states", "binding", "next_binding", "slots")
+    # what Trainer gathers in evaluation are the lifted states
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "predicted_states", "states", "next_states", "binding", "next_binding", "slots",
+    ]  # fmt: skip
 
     num_library_objects: int = 10
     num_scene_objects: int = 5

@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 
 REFUSED = {
     "hub_token": "Trainer would pickle it into training_args.bin. Log in with `hf auth login`, or set HF_TOKEN",
-    "push_to_hub": "Trainer would upload its pickled arguments, too. The recipe packs a clean folder and prints the command that uploads it",
 }
-"""Fields of TrainingArguments that would leak a secret or upload pickles, and what to do instead."""
+"""Fields of TrainingArguments that would leak a secret, and what to do instead."""
 
 
 @dataclass
@@ -81,6 +80,10 @@ class DataArguments:
     max_length: int = field(default=128, metadata={"help": "Tokens of a block of text, or of the longest example."})
     mask_probability: float | None = field(
         default=None, metadata={"help": "Share of tokens (0.15) or image patches (0.6) that a masked task hides."}
+    )
+    eval_task: str = field(
+        default="",
+        metadata={"help": "Which task of a data set on the Hub the results are filed under. Empty: its configuration."},
     )
     samples: int = field(default=4, metadata={"help": "Predictions shown at the end of a run."})
     notes: str = field(default="", metadata={"help": "What a reader of the results must know; the card prints it."})
@@ -142,6 +145,10 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[
         model, data, training = HfArgumentParser(typing.cast(Any, kinds)).parse_dict({**values, **forced})
     except (TypeError, ValueError) as error:
         raise InvalidOption(f"{path}: transformers refuses the training arguments: {error}") from error
+    if training.push_to_hub:
+        from hf_attn.hub.trainer import check_push
+
+        check_push(training)
     return Recipe(name=output.name, output=output, model=model, data=data, training=training, given=values)
 
 
@@ -162,7 +169,8 @@ def for_mechanism(values: dict[str, Any], name: str | None = None) -> dict[str, 
         get_mechanism(listed)
         if "attn_implementation" in entry:
             raise InvalidOption(f"mechanisms: {listed} must not set attn_implementation: the entry is for {listed}.")
-    for key, value in table.get(name, {}).items():
+    # a choice by layer has no entry of its own
+    for key, value in (table.get(name, {}) if isinstance(name, str) else {}).items():
         _set(values, key, value)
     if isinstance(values.get("output_dir"), str):
         values["output_dir"] = values["output_dir"].replace("{mechanism}", str(name))

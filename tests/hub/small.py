@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 BERT = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 32}  # fmt: skip
@@ -47,3 +49,13 @@ def process(code: str, *arguments, home: Path, **environment) -> subprocess.Comp
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", **environment}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=home)
+
+
+def bare_python(folder: Path) -> Path:
+    """Make a virtual environment with the packages of this one, linked, but without hf_attn; its interpreter."""
+    venv.create(folder, symlinks=True)
+    (target,) = folder.glob("lib/python*/site-packages")
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if "hf_attn" not in entry.name:
+            (target / entry.name).symlink_to(entry)
+    return folder / "bin" / "python"

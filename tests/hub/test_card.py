@@ -175,7 +175,7 @@ def test_results_on_hub_datasets_go_into_their_own_file_as_well():
     assert path == ".eval_results/someone__bench.yaml"
     (entry,) = yaml.safe_load(text)
     assert entry["dataset"] == {"id": "someone/bench", "task_id": "test"} and entry["value"] == 0.75
-    assert entry["notes"] == "zero-shot"
+    assert entry["notes"] == "accuracy, zero-shot"
 
 
 def test_a_base_model_in_a_local_folder_stays_out_of_the_metadata():

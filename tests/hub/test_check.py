@@ -159,3 +159,11 @@ def test_links_out_of_the_folder_are_refused(folder, tmp_path):
     (folder / "tokenizer.json").symlink_to(tmp_path / "secret.json")
     with pytest.raises(InvalidInput, match=r"tokenizer.json .* is a link"):
         check(folder)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 3", "3", "- {dataset: {id: a/b}}", "- {dataset: {id: a/b, task_id: c}, value: .nan}"])  # fmt: skip
+def test_results_that_the_hub_could_not_read_are_refused(folder, text):
+    (folder / ".eval_results").mkdir()
+    (folder / ".eval_results" / "a.yaml").write_text(text)
+    with pytest.raises(InvalidInput, match=r".eval_results/a.yaml"):
+        check(folder)

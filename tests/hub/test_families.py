@@ -9,10 +9,10 @@ from faults import REPO
 from small import own_models
 
 import hf_attn
-from hf_attn.errors import InvalidInput, InvalidOption
+from hf_attn.errors import InvalidInput, InvalidOption, Unsupported
 from hf_attn.hub import publish
 from hf_attn.hub.code import auto_map
-from hf_attn.hub.families import attention_of, mechanism_names
+from hf_attn.hub.families import DESCRIBED, attention_of, mechanism_names
 from hf_attn.hub.probe import answer, probe_inputs
 from hf_attn.models.limits import check_stored
 from hf_attn.models.loading import load
@@ -73,3 +73,10 @@ def test_a_folder_loads_with_its_head(tmp_path):
 def test_sizes_that_no_model_has_are_refused(change):
     with pytest.raises(InvalidOption, match=next(iter(change))):
         check_stored({"model_type": "gau", **change})
+
+
+def test_a_family_that_cannot_be_published_yet_says_so(tmp_path, monkeypatch):
+    MODELS["gau"].save_pretrained(tmp_path)
+    monkeypatch.delitem(DESCRIBED, "gau")
+    with pytest.raises(Unsupported, match="card cannot be written yet"):
+        publish(tmp_path, REPO, dry_run=True)

@@ -18,6 +18,7 @@ from hf_attn.kernels.causal_linear import causal_linear_attention
 from hf_attn.kernels.chunk_local import chunk_local_attention
 from hf_attn.kernels.key_bias import key_bias_attention
 from hf_attn.kernels.ring_window import ring_window_sums
+from hf_attn.kernels.toeplitz_mask import toeplitz_sums
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not tiles.INTERPRETED, reason="kernels are compiled for a GPU here")),
@@ -96,6 +97,17 @@ def define_ring_window(query, key, value, alpha, rows, columns):
     return weights @ value, weights.sum(dim=-1)
 
 
+def define_toeplitz(query, key, value, table, columns, prefix, is_causal):
+    n, m = (torch.arange(x.shape[2] - prefix, device=x.device) for x in (query, key))
+    down, right = (f(n)[:, None] - f(m) for f in (lambda x: x // columns, lambda x: x % columns))
+    mask = table[:, down + len(m) // columns - 1, right + columns - 1]
+    mask = torch.nn.functional.pad(mask, (prefix, 0, prefix, 0), value=1.0)
+    weights = mask * (query @ key.mT)
+    if is_causal:
+        weights = weights.tril(key.shape[2] - query.shape[2])
+    return weights @ value, weights.sum(dim=-1)
+
+
 def randn(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
@@ -171,6 +183,16 @@ KERNELS = {
             "grid": lambda: (randn(2, 2, 99, 16).exp(), randn(2, 2, 99, 16).exp(), randn(2, 2, 99, 20), randn(2, 2, 99, 3), 9, 11),
             "flat": lambda: (randn(1, 2, 70, 20), randn(1, 2, 70, 20), randn(1, 2, 70, 16), randn(1, 2, 70, 4), 2, 35),
             "sequence": lambda: (randn(2, 1, 80, 24), randn(2, 1, 80, 24), randn(2, 1, 80, 33), randn(2, 1, 80, 1), 1, 80),
+        },
+    ),
+    "toeplitz": Kernel(
+        toeplitz_sums,
+        define_toeplitz,
+        {
+            "sequence": lambda: (randn(2, 2, 70, 16).exp(), randn(2, 2, 100, 16).exp(), randn(2, 2, 100, 20), randn(2, 169, 1), 1, 0, False),
+            "causal": lambda: (randn(1, 2, 70, 20), randn(1, 2, 90, 20), randn(1, 2, 90, 16), randn(2, 159, 1), 1, 0, True),
+            "grid": lambda: (randn(2, 1, 56, 16), randn(2, 1, 56, 16), randn(2, 1, 56, 16), randn(1, 9, 21), 11, 1, False),
+            "causal grid": lambda: (randn(1, 2, 68, 16), randn(1, 2, 68, 16), randn(1, 2, 68, 33), randn(2, 5, 43), 22, 2, True),
         },
     ),
 }  # fmt: skip

@@ -122,6 +122,22 @@ def test_attn_implementation_reaches_the_encoders():
     assert DualEncoderConfig(query_encoder=eager).query_encoder._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("document", [None, "rfa"])
+def test_the_attention_of_a_model_is_switched_in_all_encoders(document, tmp_path):
+    model = model_of("softmax", document)
+    before = scores_of(model, batch_of())
+    model.set_attn_implementation("lara")
+    encoders = [e for e in (model.query_encoder, model.document_encoder) if e is not None]
+    assert [hf_attn.layer_names(e) for e in encoders] == [["lara", "lara"]] * len(encoders)
+    assert not torch.equal(scores_of(model, batch_of()), before)
+    model.save_pretrained(tmp_path)
+    loaded = DualEncoderModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(scores_of(loaded, batch_of()), scores_of(model, batch_of()))
+    stock = model_of("bert")
+    stock.set_attn_implementation("eager")
+    assert stock.query_encoder.config._attn_implementation == "eager"
+
+
 @backbones
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
 def test_padding_is_exact(backbone, pooling):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 
 import hf_attn
 from hf_attn.errors import InvalidOption, UnknownMechanism
-from hf_attn.recipes.arguments import read
+from hf_attn.recipes.arguments import parse_overrides, read
 from hf_attn.recipes.data_hub import source_of
 from hf_attn.recipes.families import build_model, check_model, configure
 from hf_attn.recipes.tasks import task_named
@@ -18,7 +19,14 @@ from hf_attn.recipes.train import make_trainer, prepare, train
 from tests.helpers import families_of
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "configs" / "mechanisms").glob("*.yaml"))]
+EXPERIMENTS = {"world_model"}
+"""Configurations that a script of their own reads, not `hf-attn train`."""
+CONFIGS = [
+    path
+    for folder in ("configs", "configs/mechanisms")
+    for path in sorted((ROOT / folder).glob("*.yaml"))
+    if path.stem not in EXPERIMENTS
+]
 TINY = {
     "max_steps": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 64, "max_examples": 4, "warmup_steps": 0,
     "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "eval_strategy": "steps", "save_strategy": "steps",
@@ -49,6 +57,19 @@ def test_a_committed_configuration_trains(path, tmp_path):
     values = yaml.safe_load(path.read_text())
     result = train(path, overrides(values["family"], values["dataset"], tmp_path / "run"))
     assert result.reload_difference == 0 and all(map(math.isfinite, result.metrics.values()))
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem.startswith("gau")], ids=lambda path: path.stem)
+def test_the_overrides_in_the_comments_make_models_of_that_size(path):
+    def parameters(words):
+        config = hf_attn.GauConfig(**read(path, parse_overrides(words)).model.config, vocab_size=99)
+        return sum(p.numel() for p in hf_attn.GauModel(config).parameters())
+
+    comments = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    found = re.findall(r"(--config\S*=)(?:'([^']*)'|(\w+))", comments)
+    assert len(found) == 2
+    for key, quoted, bare in found:
+        assert 0.9 < parameters([f"{key}{quoted or bare}"]) / parameters([]) < 1.1
 
 
 @functools.cache

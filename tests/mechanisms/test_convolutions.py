@@ -138,8 +138,13 @@ def test_torchvision_is_used_where_it_is_and_gets_the_arguments_in_its_order(mon
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.ops", types.SimpleNamespace(deform_conv2d=stand_in))
     x, offset, weight, mask, call = case(stride=2)
-    convolutions._torchvision(convolutions.Request(x, offset, weight, None, mask, (2, 2), (1, 1), (1, 1)))
+    monkeypatch.setitem(kernels._absent, "deform_conv2d", {})
+    assert convolutions._missing_torchvision() is None
+    deform_conv2d(x, offset, weight, mask=mask, **call)
     assert got["mask"] is mask and got["stride"] == (2, 2) and got["padding"] == (1, 1) and got["offset"] is offset
+    got.clear()
+    deform_conv2d(*(t.bfloat16() for t in (x, offset, weight)), mask=mask.bfloat16(), **call)
+    assert not got, "half precision is accumulated in float32, in torch"
 
 
 def test_a_backend_that_cannot_run_says_why():

@@ -101,6 +101,16 @@ def test_02_efficient_equals_naive(block_size, causal, masked, outside):
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("block_size, n", [(32, 150), (64, 330), (128, 520)])
+def test_02_efficient_equals_naive_with_larger_blocks(block_size, n, causal):
+    built, qkv = module(block_size), tokens(n, batch=1)
+    out = built(*qkv, is_causal=causal)
+    agree(out, built.naive(*qkv, is_causal=causal))
+    exact = hf_attn.build("softmax", num_heads=H, head_dim=D)(*qkv, is_causal=causal)
+    assert (out - exact).abs().max() > 0.01, "five blocks or more: some are not seen"
+
+
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 31, 32])
 def test_03_two_blocks_are_softmax_attention(n, causal):
     qkv = tokens(n)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.mra import modeling_mra
 
 import hf_attn
+from hf_attn.bench import memory
 from hf_attn.capabilities import Host
 from hf_attn.errors import InvalidInput, InvalidOption, Unsupported
 from hf_attn.mechanisms import mra
@@ -363,6 +364,17 @@ def test_nothing_of_the_size_of_the_matrix_is_made():
         built(*qkv, key_padding_mask=torch.ones(1, length, dtype=torch.bool)).sum().backward()
     # the products of the two chosen blocks a row
     assert Largest.numbers <= H * length * 2 * 32
+
+
+@pytest.mark.skipif(memory.resident("VmHWM") is None, reason="no VmHWM in /proc/self/status")
+def test_the_memory_of_4096_tokens():
+    """60 MiB on top of the inputs; the logits of all pairs would take 256."""
+    built = hf_attn.build("mra", num_heads=4, head_dim=64)
+    qkv = [torch.randn(1, 4, 4096, 64) for _ in range(3)]
+    with torch.no_grad():
+        found = memory.peak_memory(lambda: built(*qkv))
+    assert found.mib is not None, str(found)
+    assert found.mib <= 60
 
 
 def test_extreme_logits_stay_finite():

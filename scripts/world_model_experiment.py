@@ -183,6 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("slots", nargs="*", default=["symbolic"], help="symbolic, pixels, or both")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--worlds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--config", type=Path, default=Path("configs/world_model.yaml"))
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--runs", type=Path, default=Path("runs/world_model"), help="checkpoints and trained models")
@@ -194,7 +195,7 @@ def main() -> None:
     table = arguments.output / f"{NAME}.csv"
     rows = list(csv.DictReader(table.open())) if table.is_file() else []
     done = {(row["slots"], row["kind"], row["variant"], int(row["seed"])) for row in rows}
-    plan = [(slots, seed, kind) for slots in arguments.slots for seed in arguments.seeds for kind in KINDS]
+    plan = [(slots, seed, kind) for slots in arguments.slots for seed in arguments.seeds for kind in arguments.worlds]
     for slots, seed, kind in tqdm(plan, desc="worlds"):
         if all((slots, kind, variant, seed) in done for variant in VARIANTS):
             continue

@@ -46,6 +46,9 @@ BENCHED := softmax rfa randomized lara:num_landmarks=64 eva:window_size=64,chunk
 bench: install ## Time and memory of every mechanism on this machine's CPU, gated by correctness
 	$(BIN)/python scripts/bench.py $(BENCHED) --lengths 1024 2048 4096 --output docs/benchmarks/cpu
 	$(BIN)/python scripts/bench.py softmax --model bert --output docs/benchmarks/cpu
+	$(BIN)/python scripts/bench.py rfa lara:num_landmarks=64 performer-pytorch --lengths 2048 4096 --output docs/benchmarks/cpu_performer
+	$(BIN)/python scripts/bench.py flash_gau gau FLASH-pytorch FLASH-pytorch-GAU --lengths 2048 --no-memory --repeats 4 --output docs/benchmarks/cpu_gau
+	$(BIN)/python scripts/bench.py flash_gau FLASH-pytorch --lengths 4096 --no-causal --no-memory --repeats 4 --output docs/benchmarks/cpu_gau_4096
 	$(BIN)/python scripts/bench.py relative_2d --lengths 196 --output docs/benchmarks/cpu_vit
 	$(BIN)/python scripts/bench.py relative_2d --model vit --layers 1 --batch 1 --lengths 196 --output docs/benchmarks/cpu_vit
 	$(BIN)/python scripts/bench.py aa_resnet --model resnet --no-backward --output docs/benchmarks/cpu_resnet

@@ -40,6 +40,7 @@ _HOMES = {
         "GauConfig", "GauForCausalLM", "GauForImageClassification", "GauForMaskedLM", "GauForSequenceClassification",
         "GauForTokenClassification", "GauModel",
     ),
+    "hf_attn.models.dual_encoder": ("DualEncoderConfig", "DualEncoderModel"),
     "hf_attn.mechanisms.convolutions": ("DeformableConv2d", "deform_conv2d"),
     "hf_attn.models.aa_resnet": (
         "AAResNetBackbone", "AAResNetConfig", "AAResNetForImageClassification", "AAResNetModel", "AugmentedConv2d",

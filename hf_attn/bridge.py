@@ -187,6 +187,9 @@ def default_mechanism(
             "it needs the layer's input, which a stock model does not pass",
             remedy,
         )
+    # a model built from a config alone has no such name, and will be trained anyway
+    if getattr(getattr(module, "config", None), "name_or_path", ""):
+        module_class.warn_untrained()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(getattr(module, "layer_idx", None) or 0)
         mechanism = module_class(heads, dim, options)

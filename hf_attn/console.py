@@ -13,7 +13,7 @@ from rich.text import Text
 from hf_attn import tables
 from hf_attn.capabilities import Capabilities
 from hf_attn.doctor import Check, Report
-from hf_attn.hub.card import capability_rows
+from hf_attn.hub.families import capability_rows
 
 
 def make(stderr: bool = False) -> Console:
@@ -82,7 +82,7 @@ def print_report(report: Report) -> None:
     kernels = _table("operation", "kernel", "usable", "why not, or when")
     last = ""
     for kernel in report.kernels:
-        when = kernel.reason or ("" if kernel.automatic else "only when asked for by name")
+        when = kernel.reason or ("active" if kernel.active else "only when asked for by name")
         usable = _tick(console, tables.NO if kernel.reason else tables.YES)
         kernels.add_row("" if kernel.operation == last else kernel.operation, kernel.backend, usable, when)
         last = kernel.operation

@@ -10,24 +10,36 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_attn import get_mechanism, kernels, list_mechanisms
 from hf_attn.capabilities import Capabilities
 from hf_attn.errors import InvalidInput
+from hf_attn.kernels.random_features import missing_triton
 from hf_attn.module import AttentionModule
-from hf_attn.samples import example_inputs, example_module, seeded
+from hf_attn.samples import GRID, example_inputs, example_module, seeded
 
 LIMITS = {"float64": (1e-10, 1e-8), "float32": (1e-5, 1e-4), "bfloat16": (0.02, 0.04), "float16": (0.004, 0.008)}
 """Precision -> the largest error of the result and of the gradients that passes."""
 _PRECISIONS = {"cpu": ("float64", "float32"), "cuda": ("float64", "float32", "bfloat16"), "mps": ("float32", "float16")}
 _OTHER_DEVICES = ("float32", "bfloat16")
+TRITON: dict[str, tuple[str, dict[str, Any], str]] = {
+    "block_sparse_attention": ("hypercube", {"block_size": 16}, "causal"),
+    "causal_linear_attention": ("rfa", {"redraw": "fixed"}, "causal"),
+    "chunk_local_attention": ("mixed_chunk", {"chunk_size": 20, "local_attention": "relu2"}, "causal"),
+    "key_bias_attention": ("lara", {"num_landmarks": 16, "noise_std": "none"}, "padding"),
+    "ring_window_sums": ("ripple", {"r_cap": 3}, "grid"),
+    "toeplitz_sums": ("topological", {"mask_type": "toeplitz"}, "causal"),
+}
+"""Triton kernel -> a mechanism that runs on it, its options, and the mode of the call."""
+TRITON_GRID = (6, 8)
 EXTRAS = ("", "flash", "triton", "examples")
 """Extras of the installation whose packages are looked at; "" is what everybody needs."""
 
@@ -64,6 +76,11 @@ class Kernel:
     backend: str
     reason: str | None
     automatic: bool
+
+    @property
+    def active(self) -> bool:
+        """Whether "auto" takes it where it can compute the call, and none before it can."""
+        return self.reason is None and self.automatic
 
 
 @dataclass(frozen=True)
@@ -151,12 +168,10 @@ def describe_device(device: torch.device) -> str:
 
 def all_kernels() -> list[Kernel]:
     """Every backend of every operation, in order of preference."""
-    torch_only = kernels.setting() == "torch"
-    found = []
+    setting, found = kernels.setting(), []
     for operation in kernels.operations():
         for backend, reason in kernels.backends_of(operation):
-            automatic = backend.automatic and (backend.builtin or not torch_only)
-            found.append(Kernel(operation, backend.name, reason, automatic))
+            found.append(Kernel(operation, backend.name, reason, kernels.allowed(backend, setting)))
     return found
 
 
@@ -183,13 +198,13 @@ class Report:
             "packages": [{**asdict(package), "passed": package.passed} for package in self.packages],
             "devices": self.devices,
             "kernel_setting": kernels.setting(),
-            "kernels": [asdict(kernel) for kernel in self.kernels],
+            "kernels": [{**asdict(kernel), "active": kernel.active} for kernel in self.kernels],
             "checks": [{**asdict(check), "passed": check.passed} for check in self.checks],
         }
 
 
 def examine(wanted: str | None = None, progress: Callable[[str], None] = lambda name: None) -> Report:
-    """Look at the environment and check every mechanism.
+    """Look at the environment and check every mechanism, and on a GPU every Triton kernel.
 
     Args:
         wanted: the one device to check; the CPU and the first accelerator by default.
@@ -200,6 +215,10 @@ def examine(wanted: str | None = None, progress: Callable[[str], None] = lambda 
     for name in list_mechanisms():
         progress(name)
         found.extend(checks(name, on))
+    for device in on:
+        if device.type == "cuda":
+            progress("Triton kernels")
+            found.extend(kernel_checks(device))
     return Report(packages(), {str(d): describe_device(d) for d in on}, all_kernels(), found)
 
 
@@ -226,14 +245,21 @@ def modes(capabilities: Capabilities) -> list[str]:
     return [mode for mode, is_defined in defined.items() if is_defined]
 
 
-def check(name: str, device: torch.device, precision: str, mode: str) -> Check:
+def check(
+    name: str,
+    device: torch.device,
+    precision: str,
+    mode: str,
+    options: Mapping[str, Any] | None = None,
+    grid: tuple[int, int] = GRID,
+) -> Check:
     """Compare the efficient form of one mechanism with its definition.
 
     Whatever goes wrong is a result, not an exception: finding it is what a self-check is for.
     """
     result = Check(name, str(device), precision, mode)
     try:
-        forward, gradient = compare(name, device, getattr(torch, precision), mode)
+        forward, gradient = compare(name, device, getattr(torch, precision), mode, options, grid)
     except Exception as error:
         return replace(result, problem=f"{type(error).__name__}: {' '.join(str(error).split())}")
     if not (math.isfinite(forward) and math.isfinite(gradient)):
@@ -241,11 +267,46 @@ def check(name: str, device: torch.device, precision: str, mode: str) -> Check:
     return replace(result, forward_error=forward, gradient_error=gradient)
 
 
-def compare(name: str, device: torch.device, dtype: torch.dtype, mode: str) -> tuple[float, float]:
+def kernel_checks(device: torch.device) -> Iterator[Check]:
+    """Check every Triton kernel by a mechanism that runs on it, in the precisions that Triton has on this device."""
+    if missing_triton() is not None:
+        return
+    # Triton's interpreter has no products of bfloat16
+    precisions = ("float32", "bfloat16") if device.type == "cuda" else ("float32",)
+    for kernel, (name, options, mode) in TRITON.items():
+        for precision in precisions:
+            with kernels.using("triton"), _Calls() as calls:
+                found = check(name, device, precision, mode, options, TRITON_GRID)
+            if found.problem is None and kernel not in calls.names:
+                found = replace(found, forward_error=None, problem=f"the kernel {kernel} was not called")
+            yield replace(found, mode=f"{mode} by {kernel}")
+
+
+class _Calls(TorchDispatchMode):
+    """Collects the names of the operators of hf_attn that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "hf_attn":
+            self.names.add(function.name().partition("::")[2])
+        return function(*args, **(kwargs or {}))
+
+
+def compare(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    mode: str,
+    options: Mapping[str, Any] | None = None,
+    grid: tuple[int, int] = GRID,
+) -> tuple[float, float]:
     """Error of the result, and error of the gradients of inputs and parameters together."""
     with seeded(0):
-        module = example_module(name).to(dtype)
-        inputs = _inputs(module, dtype, mode)
+        module = example_module(name, options=options).to(dtype)
+        inputs = _inputs(module, dtype, mode, grid)
         cotangent = torch.randn_like(inputs["query"])
     mask = inputs.get("key_padding_mask")
     if mask is not None:
@@ -258,10 +319,10 @@ def compare(name: str, device: torch.device, dtype: torch.dtype, mode: str) -> t
     return _error(found[:1], expected[:1]), _error(found[1:], expected[1:])
 
 
-def _inputs(module: AttentionModule, dtype: torch.dtype, mode: str) -> dict[str, Any]:
+def _inputs(module: AttentionModule, dtype: torch.dtype, mode: str, grid: tuple[int, int]) -> dict[str, Any]:
     """The arguments of a call in this mode."""
     keys = 9 if mode == "cross" else None
-    (query, key, value), call = example_inputs(module, keys=keys, on_grid=mode == "grid", dtype=dtype)
+    (query, key, value), call = example_inputs(module, grid=grid, keys=keys, on_grid=mode == "grid", dtype=dtype)
     inputs = {"query": query, "key": key, "value": value, **call}
     if mode == "causal" or not module.capabilities.bidirectional:
         inputs["is_causal"] = True

@@ -24,7 +24,7 @@ def _families() -> None:
     configuration = importlib.import_module("hf_attn.models.configuration")
     for model_type in (*configuration.STATIC, *configuration.GENERATED):
         configuration.announce_family(model_type)
-    configuration.announce_own()
+    importlib.import_module("hf_attn.models.own").announce_own()
 
 
 ACTIONS: dict[str, Callable[[], None]] = {

@@ -6,6 +6,7 @@ Shapes, everywhere: B batch, H heads, N queries, M keys, D head dimension, F fea
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -186,6 +187,8 @@ class AttentionModule(nn.Module):
     """Names of the tensors a call may carry besides the common ones."""
     in_float32: ClassVar[bool] = True
     """Half-precision calls are computed in float32; False where the kernels keep their own accumulators."""
+    needs_training: ClassVar[str] = ""
+    """How its output differs so much from softmax attention's that putting it in a pretrained model is warned about."""
 
     def __init__(self, num_heads: int, head_dim: int, options: Any):
         super().__init__()
@@ -201,6 +204,15 @@ class AttentionModule(nn.Module):
     def host_defaults(cls, host: Any, given: dict[str, Any]) -> dict[str, Any]:
         """Options a model family fills in from its configuration where the user `given` none."""
         return {}
+
+    @classmethod
+    def warn_untrained(cls) -> None:
+        """Say that a model pretrained with softmax is of no use with this mechanism yet, where that is so."""
+        if cls.needs_training and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{cls.name} {cls.needs_training}. A model pretrained with softmax needs training with it before it is of use.",
+                stacklevel=3,
+            )
 
     def reset_parameters(self) -> None:
         """(Re)initialise this module's own parameters and buffers, and its children's, to their documented values.

@@ -9,7 +9,8 @@ vit: scikit-learn's digits, two layers on 2 x 2 patches, no position embeddings;
 mlm: a BERT of two layers on characters of Python's own documentation, no position embeddings; accuracy on masked characters
 of modules it was not trained on.
 seq2seq: digits to words, word by word, with a BART of one layer a side; the setting is that of the encoder-decoder
-attention, all self-attention is softmax; accuracy on words of new sequences.
+attention, all self-attention is softmax; accuracy on words of new sequences. The set-up was changed after seeing results: with
+weights of 0.02 at the start and 800 steps every setting stayed near guessing; 0.1 and 0.2 were tried with seed 0.
 """
 
 import argparse
@@ -195,7 +196,7 @@ def train(model: torch.nn.Module, loss: Callable[[], Tensor], steps: int) -> Non
 
 PARTS = {
     "vit": Part("ViT on digits, self-attention", BETAS, vit, 17, 32, 4, "0.10"),
-    "mlm": Part("BERT on characters, self-attention", BETAS, mlm, LENGTH, 48, 4, "0.15 (always a space)"),
+    "mlm": Part("BERT on characters, self-attention", BETAS, mlm, LENGTH, 48, 4, "0.14 (always a space)"),
     "seq2seq": Part(
         "BART, encoder-decoder attention", ["0000", "0010", "1000", "1010"], seq2seq, DIGITS, 32, 2, "0.10"
     ),

@@ -262,6 +262,7 @@ def write_page(folder: Path, results: Fields) -> None:
     """README.md, results.csv and the pictures, from all results so far."""
     lines = ["# Gated attention units: ablation, comparison, time", ""]
     lines += ["Made by `scripts/gau_experiments.py`; every table names its command. One CPU thread.", ""]
+    lines += ["The recipes in full, with curves and samples: [recipes.md](recipes.md).", ""]
     rows = [["part", "model", "seed", "perplexity", "second half", "parameters", "seconds"]]
     for name in (n for n in PARTS if n in results):
         part, run = PARTS[name], results[name]
@@ -308,14 +309,20 @@ def write_page(folder: Path, results: Fields) -> None:
             "",
             "Milliseconds of a training step on one row: 4 units or 2 blocks, 128 channels, causal.",
         ]
-        lines += [f"Command: `python scripts/gau_experiments.py time`{results['time']['made']}", ""]
+        lines += [
+            f"Command: `python scripts/gau_experiments.py time{results['time']['flags']}`{results['time']['made']}",
+            "",
+        ]
         times = results["time"]["seconds"]
         lengths = [str(n) for n in LENGTHS if str(n) in times["FLASH"]]
         lines += [f"| model | {' | '.join(lengths)} |", f"|---|{'---|' * len(lengths)}"]
         for label, run in times.items():
             lines += [f"| {label} | {' | '.join(f'{1e3 * run[n]:.0f}' if n in run else '' for n in lengths)} |"]
-        share = (f"{1e6 * times['FLASH'][n] / int(n):.1f}" for n in lengths)
-        lines += [f"| FLASH, microseconds a token | {' | '.join(share)} |"]
+        lines += ["", "Microseconds a token:", ""]
+        lines += [f"| model | {' | '.join(lengths)} |", f"|---|{'---|' * len(lengths)}"]
+        for label, run in times.items():
+            shares = (f"{1e6 * run[n] / int(n):.0f}" if n in run else "" for n in lengths)
+            lines += [f"| {label} | {' | '.join(shares)} |"]
         lines += ["", "![Time of a step against length](time.png)", ""]
         draw_times(folder / "time.png", times)
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
@@ -348,16 +355,19 @@ def draw_curves(path: Path, models: Fields) -> None:
 
 
 def draw_times(path: Path, times: Fields) -> None:
-    """Seconds a step against length, both on logarithmic axes."""
-    figure, (axis,) = figure_of(1)
-    for label, run in times.items():
-        axis.plot([int(n) for n in run], list(run.values()), label=label, marker="o", markersize=3)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set_xlabel("tokens")
-    axis.set_ylabel("seconds a step")
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    """Seconds a step, and microseconds a token, against length; all axes are logarithmic."""
+    figure, axes = figure_of(2)
+    for axis, name in zip(axes, ("seconds a step", "microseconds a token"), strict=True):
+        for label, run in times.items():
+            values = [t if axis is axes[0] else 1e6 * t / int(n) for n, t in run.items()]
+            axis.plot([int(n) for n in run], values, label=label, marker="o", markersize=3)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([int(n) for n in times["FLASH"]], list(times["FLASH"]), fontsize="small")
+        axis.set_yscale("log")
+        axis.set_xlabel("tokens")
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
     figure.savefig(path, metadata={"Software": None})
 
 
@@ -394,7 +404,8 @@ def main() -> int:
     if arguments.part == "time":
         load = OtherLoad()
         seconds = timed(arguments.longest)
-        results["time"] = {"seconds": seconds, "made": f"{made(None)} Meanwhile {load}."}
+        flags = "" if arguments.longest == LENGTHS[-1] else f" --longest {arguments.longest}"
+        results["time"] = {"seconds": seconds, "flags": flags, "made": f"{made(None)} Meanwhile {load}."}
         keep()
         return 0
     part = PARTS[arguments.part]

@@ -732,7 +732,7 @@ def installed(monkeypatch):
             parts = peer.module.split(".")
             for depth in range(1, len(parts) + 1):
                 module = types.ModuleType(".".join(parts[:depth]))
-                module.SelfAttention = module.NystromAttention = module.FLASH = layer
+                module.SelfAttention = module.NystromAttention = module.FLASH = module.GAU = layer
                 module.__path__ = []
                 monkeypatch.setitem(sys.modules, module.__name__, module)
 
@@ -742,7 +742,7 @@ def installed(monkeypatch):
 def test_peers_are_verified_and_timed_where_they_are_installed(installed):
     installed()
     report = bench.run(list(peers.PEERS), [32], console=quiet(), **SMALL)
-    assert len(report.rows) == (3 * 2 + 1) * 2
+    assert len(report.rows) == (4 * 2 + 1) * 2
     assert {row.status for row in report.rows} == {"measured"}
     baselines = {row.label: row.baseline for row in report.rows if not row.case.causal}
     assert baselines == {
@@ -750,6 +750,7 @@ def test_peers_are_verified_and_timed_where_they_are_installed(installed):
         "linear-attention-transformer": "SDPA layer",
         "nystrom-attention": "SDPA layer",
         "FLASH-pytorch": "SDPA block",
+        "FLASH-pytorch-GAU": "SDPA block",
     }
     row = measure(bench.PeerWorkload(peers.PEERS["nystrom-attention"]), replace(CASE, causal=True), QUICK)
     assert row.status == "skipped" and "no causal form" in row.note
@@ -789,7 +790,7 @@ def test_the_bench_extra_installs_every_peer():
 
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     extra = project["optional-dependencies"]["bench"]
-    assert {re.split(r"[<>=]", requirement)[0] for requirement in extra} == set(peers.PEERS)
+    assert {re.split(r"[<>=]", requirement)[0] for requirement in extra} == {p.package for p in peers.PEERS.values()}
 
 
 def test_a_baseline_layer_is_what_it_says():

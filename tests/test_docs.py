@@ -55,6 +55,14 @@ def test_a_page_shows_the_attention_map(name):
         assert f"(../images/{name}.png)" in text, "python scripts/attention_pictures.py draws it"
 
 
+@pytest.mark.parametrize("name", ["randomized", "lara", "eva", "rfa", "topological"])
+def test_a_page_says_from_which_length_it_pays(name):
+    numbers = page_of(name).partition("\n## Numbers")[2].partition("\n## ")[0]
+    said = hf_attn.get_mechanism(name).capabilities.pays_from
+    length = re.match(r"\d+", said)
+    assert f"Faster than exact attention {f'from {length[0]} tokens' if length else 'at no length'}" in numbers
+
+
 def test_there_are_no_pages_of_mechanisms_that_do_not_exist():
     assert {path.stem for path in PAGES.glob("*.md")} <= set(NAMES)
 

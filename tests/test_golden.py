@@ -1,8 +1,7 @@
 """Every golden case in tests/golden, run as its contract says, and every refused call.
 
 Cases come from an independent float64 implementation. One file is one case; a new mechanism needs no new test here:
-its cases run as soon as it is registered. `PENDING` names what has not landed; it may only shrink, and a test checks
-that nothing in it exists already.
+its cases run as soon as it is registered.
 """
 
 import importlib
@@ -20,11 +19,6 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(GOLDEN.glob("*/*.safetensors"))
 REFUSED = [case for path in sorted(GOLDEN.glob("refused_*.json")) for case in json.loads(path.read_text())]
 
-PENDING = {
-    "dual_encoder", "population",
-}  # fmt: skip
-"""Folders of cases whose mechanism or system is not written yet."""
-
 
 @cache
 def load(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -41,21 +35,8 @@ def test_there_are_cases_and_every_folder_is_known():
     folders = {path.parent.name for path in CASES}
     assert len(CASES) >= 130
     built = {path.parent.name for path in CASES if load(path)[0]["target"] == "build"}
-    assert built - PENDING <= set(hf_attn.list_mechanisms())
-    assert {"softmax", "rfa", "ripple"} <= folders - PENDING
-
-
-def test_pending_only_names_what_does_not_exist():
-    assert not PENDING & set(hf_attn.list_mechanisms()), "landed: take it out of PENDING"
-    for path in CASES:
-        meta, _ = load(path)
-        if path.parent.name in PENDING and meta["target"] != "build":
-            module, _, attribute = meta["target"].rpartition(".")
-            try:
-                found = hasattr(importlib.import_module(module), attribute)
-            except ModuleNotFoundError:
-                found = False
-            assert not found, f"{meta['target']} exists: take {path.parent.name} out of PENDING"
+    assert built <= set(hf_attn.list_mechanisms())
+    assert {"softmax", "rfa", "ripple"} <= folders
 
 
 def resolve(meta: dict[str, str], tensors: dict[str, torch.Tensor]):
@@ -76,8 +57,8 @@ def resolve(meta: dict[str, str], tensors: dict[str, torch.Tensor]):
     return module.train(meta.get("training") == "true")
 
 
-def nest(flat: dict[str, torch.Tensor]) -> dict[str, object]:
-    """`params.w` and `logits.0` become entries of a dict or list argument."""
+def nest(flat: dict[str, object]) -> dict[str, object]:
+    """`params.w` and `logits.0` become entries of a dict or list argument, `state.m.w` of a dict in one."""
     out: dict[str, object] = {}
     for name, tensor in flat.items():
         head, _, rest = name.partition(".")
@@ -85,25 +66,34 @@ def nest(flat: dict[str, torch.Tensor]) -> dict[str, object]:
             out.setdefault(head, {})[rest] = tensor
         else:
             out[head] = tensor
+    out = {k: nest(v) if isinstance(v, dict) else v for k, v in out.items()}
     return {
         k: [v[i] for i in sorted(v, key=int)] if isinstance(v, dict) and all(i.isdigit() for i in v) else v
         for k, v in out.items()
     }
 
 
-RESERVED = ("param.", "grad.", "output", "cotangent", "pooled_layer_input", "decode_output", "state.")
+def leaves(name: str | None, part: object) -> list[tuple[str | None, object]]:
+    """The tensors of a result under their names: a list or dict has one more dot an entry."""
+    if isinstance(part, (list, dict)):
+        items = part.items() if isinstance(part, dict) else enumerate(part)
+        return [leaf for key, value in items for leaf in leaves(f"{name}.{key}", value)]
+    return [(name, part)]
+
+
+RESERVED = ("param.", "grad.", "output", "cotangent", "pooled_layer_input", "decode_output")
 
 
 @pytest.mark.parametrize("form", ["forward", "naive"])
 @pytest.mark.parametrize("path", CASES, ids=identify)
 def test_golden(path: Path, form: str):
-    if path.parent.name in PENDING:
-        pytest.skip(f"{path.parent.name} is not written yet")
     meta, tensors = load(path)
     if form == "naive" and meta["target"] != "build":
         pytest.skip("a system has one form")
     target = resolve(meta, tensors)
-    inputs = {n: t.clone() for n, t in tensors.items() if not n.startswith(RESERVED)}
+    # a layer's state is what its decoding steps start from; a function's is an argument
+    reserved = (*RESERVED, "state.") if isinstance(target, torch.nn.Module) else RESERVED
+    inputs = {n: t.clone() for n, t in tensors.items() if not n.startswith(reserved)}
     for name, tensor in inputs.items():
         if tensor.is_floating_point() and f"grad.{name}" in tensors:
             tensor.requires_grad_()
@@ -113,11 +103,8 @@ def test_golden(path: Path, form: str):
     names = json.loads(meta["outputs"]) if "outputs" in meta else [None]
     results = [result] if names == [None] else list(result)
     loss = 0.0
-    lists = [
-        (f"{name}.{i}", x) for name, part in zip(names, results) if isinstance(part, list) for i, x in enumerate(part)
-    ]
-    single = [(name, part) for name, part in zip(names, results, strict=True) if not isinstance(part, list)]
-    for name, value in [*single, *lists]:
+    flat = [leaf for name, part in zip(names, results, strict=True) for leaf in leaves(name, part)]
+    for name, value in flat:
         key = "output" if name is None else f"output.{name}"
         value, expected = torch.as_tensor(value), tensors[key]
         assert torch.isfinite(value).all()
@@ -152,9 +139,7 @@ def check_gradients(target, inputs, tensors):
             assert parameter.grad is None or not parameter.grad.any(), f"{name} takes no part and has a gradient"
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in CASES if p.parent.name not in PENDING and load(p)[0]["target"] == "build"], ids=identify
-)
+@pytest.mark.parametrize("path", [p for p in CASES if load(p)[0]["target"] == "build"], ids=identify)
 def test_golden_in_float32(path: Path):
     meta, tensors = load(path)
     target = resolve(meta, tensors).float()

@@ -156,6 +156,7 @@ def ntk_samples(
 
     Raises:
         InvalidInput: no parameters, no probes, or an output that is not (N).
+        Unsupported: an operation of the model has no forward-mode derivative.
     """
     parameters = dict(model.named_parameters())
     if probes < 1 or not parameters:
@@ -180,6 +181,10 @@ def ntk_samples(
                     for name, value in parameters.items()
                 }
                 rows.append(torch.func.jvp(scalar, (parameters,), (probe,))[1])
+    except NotImplementedError as error:
+        reason = f"an operation of its forward pass has no forward-mode derivative ({str(error).splitlines()[0]})"
+        remedy = "Convert it to a mechanism without that operation, such as softmax"
+        raise Unsupported(f"ntk_samples, {type(model).__name__}", reason, remedy) from error
     finally:
         model.train(training)
     return torch.stack(rows)

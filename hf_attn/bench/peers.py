@@ -67,12 +67,13 @@ class Peer:
     """One layer of one package.
 
     Attributes:
-        package: the distribution; also the name of its row.
+        package: the distribution.
         module: what to import.
         baseline: a key of BASELINES.
         causal: it has a causal form.
         options: what the row shows.
         build: called with the imported module, the case and H*D.
+        layer: which one, where a package has several here.
     """
 
     package: str
@@ -81,10 +82,16 @@ class Peer:
     causal: bool
     options: str
     build: Callable[[ModuleType, Case, int], nn.Module]
+    layer: str = ""
+
+    @property
+    def name(self) -> str:
+        """What it is called in a run and in its row."""
+        return f"{self.package}-{self.layer}" if self.layer else self.package
 
 
 PEERS = {
-    peer.package: peer
+    peer.name: peer
     for peer in (
         Peer(
             "performer-pytorch",
@@ -120,9 +127,18 @@ PEERS = {
             options="two units,group_size=256",
             build=lambda m, case, dim: nn.Sequential(*(m.FLASH(dim=dim, causal=bool(case.causal)) for _ in range(2))),
         ),
+        Peer(
+            "FLASH-pytorch",
+            "flash_pytorch",
+            "SDPA block",
+            causal=True,
+            options="two units",
+            build=lambda m, case, dim: nn.Sequential(*(m.GAU(dim=dim, causal=bool(case.causal)) for _ in range(2))),
+            layer="GAU",
+        ),
     )
 }
-"""Name of the package -> its layer. The extra `bench` installs them."""
+"""Name -> layer. The extra `bench` installs the packages."""
 
 
 class PeerWorkload(Workload):
@@ -133,7 +149,7 @@ class PeerWorkload(Workload):
     """
 
     def __init__(self, peer: Peer):
-        self.peer, self.label = peer, peer.package
+        self.peer, self.label = peer, peer.name
 
     def absent(self) -> str | None:
         try:

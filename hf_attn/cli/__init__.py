@@ -5,7 +5,8 @@ import importlib
 from hf_attn.cli.common import app
 
 COMMANDS = (
-    "list", "show", "train", "convert", "linearize", "fidelity", "publish", "doctor", "bench", "nip", "invert", "version",
+    "list", "show", "train", "convert", "linearize", "fidelity", "publish", "doctor", "bench", "kernels", "nip", "invert",
+    "spectrum", "version",
 )  # fmt: skip
 """Modules of this package, in the order in which the help lists them."""
 

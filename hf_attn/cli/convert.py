@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -23,12 +23,16 @@ def convert_command(
         str | None, typer.Option(metavar="REV", help="Commit, tag or branch of the source.", show_default="main")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the mechanisms' parameters and draws.")] = 0,
+    linearize: Annotated[
+        Path | None,
+        typer.Option("--linearize", metavar="CONFIG", help="Also train the result to follow the original; a YAML file."),
+    ] = None,
     fidelity: Annotated[
         bool, typer.Option("--fidelity", help="Measure how closely the result follows the original; for the card.")
     ] = False,
     data: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="What --fidelity measures on: a text file, pydoc, a folder of images, or digits.",
+        typer.Option(metavar="DATA", help="What --fidelity and --linearize use: a text file, pydoc, a folder of images, or digits.",
                      show_default="pydoc for texts, digits for images"),
     ] = None,
     publish: Annotated[
@@ -44,7 +48,10 @@ def convert_command(
     """Give a pretrained checkpoint other attention, save it with tokenizer and card, and publish it if asked to.
 
     The model's own weights stay as they are; the mechanisms' start where their papers let them start. Another mechanism
-    computes something else: measure the result before you rely on it, and train it where it matters.
+    computes something else: measure the result (--fidelity) before you rely on it, and train it (--linearize) where it matters.
+
+    --linearize trains it at once, as `hf-attn linearize` does. CONFIG may hold transfer_steps, distill_steps, transfer_rate,
+    distill_rate, train_projections, lora_rank, hidden_weight, data, lengths, tokens and examples; an empty file is the defaults.
 
     Weights are read from safetensors only, and no code of the source is run.
 
@@ -53,42 +60,34 @@ def convert_command(
     ```console
     hf-attn convert google-bert/bert-base-uncased --to hypercube --output runs/bert-hypercube
     hf-attn convert runs/bert --to '{default: softmax, 2-9: rfa}' --output runs/bert-rfa
+    hf-attn convert runs/bert --to lara --output runs/bert-lara --linearize configs/linearize/two_stages.yaml --fidelity
     hf-attn convert runs/bert --to rfa -o num_features=128 --output runs/bert-rfa --publish someone/bert-rfa
     ```
     """
     if (private is not None or vendored) and publish is None:
         raise typer.BadParameter("--private, --public and --vendored belong to --publish OWNER/NAME.")
-    if data is not None and not fidelity:
-        raise typer.BadParameter("--data belongs to --fidelity.")
+    if data is not None and not (fidelity or linearize):
+        raise typer.BadParameter("--data belongs to --fidelity and --linearize.")
     attention = attention_spec(to, key_values(option or [], "--option KEY=VALUE"))
     from hf_attn.hub.convert import convert_checkpoint
     from hf_attn.hub.upload import Target
     from hf_attn.hub.upload import publish as upload
+    from hf_attn.recipes.linearize_run import read_plan
 
     if publish is not None:
         Target(publish, private).check()
+    plan = read_plan(linearize, seed, data)
     converted = convert_checkpoint(
         source,
         attention,
         output,
         revision=revision,
         seed=seed,
-        held_out=_held_out(data, seed) if fidelity else None,
+        held_out=(lambda model, folder: plan.batches(model, folder)[1]) if fidelity else None,
+        linearize=plan if linearize is not None else None,
     )
     done = upload(output, publish, private=private, vendored=vendored, show=hint) if publish is not None else None
     if as_json:
         print_json({**converted.as_json(), "published": done.as_json() if done else None})
     else:
         print(converted if done is None else f"{converted}\n\n{done}")
-
-
-def _held_out(data: str | None, seed: int) -> Any:
-    """Makes the batches that `hf-attn fidelity` measures on, as far as the model is long enough for them."""
-
-    def batches(model: Any, folder: str) -> Any:
-        from hf_attn.recipes.linearize_data import LENGTHS, batches_for
-
-        most = getattr(model.config, "max_position_embeddings", None) or max(LENGTHS)
-        return batches_for(model, folder, data, [n for n in LENGTHS if n <= most] or [most], limit=16, seed=seed)[1]
-
-    return batches

@@ -25,6 +25,9 @@ def doctor_command(
     is compared with its definition on the CPU in float64. An error is the largest difference over the largest number of
     the reference; the table shows the worst of all modes, of the result and of the gradients.
 
+    Kernels are active where automatic choice takes them; with HF_ATTN_KERNELS=triton our Triton kernels are too. On a GPU
+    every Triton kernel runs in a mechanism that is made for it, active or not.
+
     Exit code 0 if everything passes, 1 otherwise.
 
     **Examples**

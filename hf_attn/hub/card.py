@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_attn.capabilities import Capabilities
 from hf_attn.errors import InvalidInput
 from hf_attn.hub.card_check import check_card, is_repo_id
+from hf_attn.hub.families import architecture, attention_of, is_vision, plain
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -85,13 +85,14 @@ class Speed:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One result on a benchmark that is a dataset on the Hub; goes into `.eval_results/` as well."""
+    """One result on a dataset on the Hub; goes into `.eval_results/` as well. `revision` is the dataset's commit."""
 
     dataset_id: str
     task_id: str
     metric: str
     value: float
     notes: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class CardFacts:
         curve: file name of the training curve, beside the card; None for no picture.
         base_model: the checkpoint it was made from: an id on the Hub, or another name.
         license: an id of the Hub's list; None where it is not known.
+        linearized: arguments of `linearize`, where it was trained to compute what the base model computes.
         fidelity, speed: measured, or None.
         evaluations: results on datasets of the Hub.
         samples: predictions, each with `given`, `expected` and `predicted`.
@@ -133,6 +135,7 @@ class CardFacts:
     curve: str | None = None
     base_model: str | None = None
     license: str | None = "apache-2.0"
+    linearized: dict[str, Any] = field(default_factory=dict)
     fidelity: Fidelity | None = None
     speed: Speed | None = None
     evaluations: tuple[Evaluation, ...] = ()
@@ -151,7 +154,7 @@ def model_card(facts: CardFacts) -> ModelCard:
     for name, value in facts.metrics.items():
         if not math.isfinite(value):
             raise InvalidInput(f"metric {name}={value!r} is not a finite number, so a card cannot state it.")
-    mechanisms = mechanisms_of(facts.config)
+    mechanisms = attention_of(facts.config)
     task, auto_model, auto_processor = usage(facts)
     results = _results(facts)
     known: dict[str, Any] = {
@@ -165,7 +168,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         model_name=facts.name,
         library_name="transformers",
         pipeline_tag=task,
-        tags=["hf_attn", *dict.fromkeys(mechanism["name"] for mechanism in mechanisms)],
+        tags=["hf_attn", *dict.fromkeys(mechanism.name for mechanism in mechanisms)],
         metrics=sorted({result.metric_type for result in results} & {"accuracy", "perplexity"}) or None,
         eval_results=results or None,
         **{name: value for name, value in known.items() if value is not None},
@@ -175,7 +178,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         "repo": facts.repo_id or f"ORG/{facts.name}",
         "mechanisms": mechanisms,
         "architecture": architecture(facts.config),
-        "settings": settings(facts.arguments),
+        "settings": settings(facts.arguments or facts.linearized),
         "scores": scores(facts.metrics),
         "versions": versions(),
         "samples": [
@@ -193,13 +196,12 @@ def usage(facts: CardFacts) -> tuple[str | None, str, str]:
     """Task, Auto class and Auto processor of the model."""
     if facts.dataset is not None:
         return _AUTO_CLASSES[facts.dataset.task]
-    from hf_attn.models.family import auto_heads
+    from hf_attn.models.loading import model_classes
 
-    stock = str((getattr(facts.config, "architectures", None) or [""])[0]).removeprefix("Attn")
-    autos = [auto.__name__ for auto, head in auto_heads(type(facts.config).stock_class) if head.__name__ == stock]
+    named = str((getattr(facts.config, "architectures", None) or [""])[0])
+    autos = [auto for auto, model in model_classes(facts.config).items() if model.__name__ in (named, f"Attn{named}")]
     auto = next((name for name in autos if name in _TASKS), autos[0] if autos else "AutoModel")
-    vision = getattr(facts.config, "image_size", None) is not None
-    return _TASKS.get(auto), auto, "AutoImageProcessor" if vision else "AutoTokenizer"
+    return _TASKS.get(auto), auto, "AutoImageProcessor" if is_vision(facts.config) else "AutoTokenizer"
 
 
 def checkpoint_card(folder: Path, config: Any, repo_id: str, **known: Any) -> ModelCard:
@@ -221,7 +223,13 @@ def eval_results(facts: CardFacts) -> dict[str, str]:
 
     files: dict[str, list[Any]] = {}
     for result in facts.evaluations:
-        entry = EvalResultEntry(result.dataset_id, result.task_id, round(result.value, 4), notes=result.notes)
+        entry = EvalResultEntry(
+            result.dataset_id,
+            result.task_id,
+            round(result.value, 4),
+            dataset_revision=result.revision,
+            notes=f"{result.metric}, {result.notes}" if result.notes else result.metric,
+        )
         files.setdefault(result.dataset_id.replace("/", "__"), []).append(entry)
     return {
         f".eval_results/{name}.yaml": yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
@@ -255,6 +263,7 @@ def _results(facts: CardFacts) -> list[Any]:
             metric_value=round(result.value, 4),
         )
         for result in facts.evaluations
+        if facts.dataset is None or result.dataset_id != facts.dataset.name
     ]
 
 
@@ -268,57 +277,10 @@ def template_path() -> Path:
     raise InvalidInput(f"the card template {TEMPLATE} is missing from this installation. Install hf_attn again.")
 
 
-def mechanisms_of(config: Any) -> list[dict[str, Any]]:
-    """For every mechanism in `config.attention`: its layers, record, options and capabilities, in order.
-
-    None for a family with attention of its own.
-    """
-    from hf_attn import get_mechanism
-
-    attention = getattr(config, "attention", None)
-    if not attention:
-        raise InvalidInput(f"a {type(config).__name__} carries no attention mechanisms. Use a model of hf_attn.")
-    if isinstance(attention, str):
-        # a family whose attention is part of its layers, such as gau
-        return []
-    found = []
-    for layers, entry in attention.items():
-        record = get_mechanism(entry["name"])
-        options = record.options_class.parse(**{key: value for key, value in entry.items() if key != "name"})
-        capabilities = record.module_class.describe(options)
-        everywhere = "all layers" if len(attention) == 1 else "all other layers"
-        found.append(
-            {
-                "name": record.name,
-                "layers": everywhere if layers == "default" else f"layers {layers}",
-                "record": record,
-                "options": [(f.name, _plain(getattr(options, f.name))) for f in fields(options)],
-                "capabilities": capability_rows(capabilities),
-                "derived": list(capabilities.derived),
-                "unverified": "no official code" in record.paper,
-            }
-        )
-    return found
-
-
-def capability_rows(capabilities: Capabilities) -> list[tuple[str, str]]:
-    """Name and value of every cell, as a reader sees them."""
-    return [(f.name.replace("_", " "), _plain(getattr(capabilities, f.name))) for f in fields(capabilities)]
-
-
-def architecture(config: Any) -> list[tuple[str, str]]:
-    """The sizes of the model."""
-    names = (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size",
-        "num_channels", "vocab_size", "max_position_embeddings",
-    )  # fmt: skip
-    return [(name.replace("_", " "), _plain(value)) for name in names if (value := getattr(config, name, None))]
-
-
 def settings(arguments: dict[str, Any]) -> list[tuple[str, str]]:
     """The arguments that decide what was trained."""
     return [
-        (name, _plain(value)) for name, value in sorted(_flat(arguments).items()) if not name.startswith(_ABOUT_THE_RUN)
+        (name, plain(value)) for name, value in sorted(_flat(arguments).items()) if not name.startswith(_ABOUT_THE_RUN)
     ]
 
 
@@ -351,13 +313,3 @@ def versions() -> list[tuple[str, str]]:
 def _cell(text: str) -> str:
     """Text that stays in one cell of a Markdown table."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (tuple, list)):
-        return ", ".join(map(str, value)) or "none"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "none" if value in (None, "") else str(value)

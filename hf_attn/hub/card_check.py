@@ -52,6 +52,20 @@ def check_card(card: str) -> dict[str, Any]:
     return data
 
 
+def check_eval_results(name: str, text: str) -> None:
+    """Raise `InvalidInput` where a file of `.eval_results/` does not have the Hub's form."""
+    import yaml
+    from huggingface_hub import parse_eval_result_entries
+
+    try:
+        entries = parse_eval_result_entries(yaml.safe_load(text))
+        finite = all(math.isfinite(entry.value) for entry in entries)
+    except Exception as error:  # the client's parser fails in many ways on what it does not expect
+        raise InvalidInput(f"{name} does not have the Hub's form ({type(error).__name__}: {error}).") from error
+    if not finite:
+        raise InvalidInput(f"{name} states a result that is not a finite number.")
+
+
 def is_repo_id(name: Any) -> bool:
     """Whether the Hub takes this as `owner/name`, or as the name of an old repository without an owner."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id

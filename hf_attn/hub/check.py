@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_attn.errors import HfAttnError, InvalidInput, Unsupported
+from hf_attn.hub.card_check import check_eval_results
+from hf_attn.hub.families import DESCRIBED
 from hf_attn.hub.secrets import refuse_secrets
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ ALLOWED = (
     "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", INDEX, PROBE,
     "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt",
-    "*.model", "README.md", "LICENSE", "*.png", "fidelity.json", ".eval_results/*.yaml",
+    "*.model", "README.md", "LICENSE", "*.png", "fidelity.json", "linearize.json", ".eval_results/*.yaml",
     # what sentence-transformers reads
     "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "?_*/config.json",
 )  # fmt: skip
@@ -60,6 +62,9 @@ def check_folder(folder: Path, chosen: list[str], card: bool = True) -> PreTrain
             raise InvalidInput(f"{str(folder)!r} has no {needed}. Save the model and its card there first.")
     if links := [name for name in chosen if (folder / name).is_symlink()]:
         raise InvalidInput(f"{links[0]} in {str(folder)!r} is a link. Put the file itself there.")
+    for name in chosen:
+        if matches(name, (".eval_results/*.yaml",)):
+            check_eval_results(name, (folder / name).read_bytes().decode("utf-8", "replace"))
     held = check_weights(folder, chosen)
     config = check_config(folder)
     check_size(folder, config, sorted(set(held.values())))
@@ -105,7 +110,7 @@ def check_config(folder: Path) -> PreTrainedConfig:
     """The config of a checkpoint of hf_attn, loaded from its file alone."""
     from transformers import AutoConfig
 
-    from hf_attn.models.configuration import OWN
+    from hf_attn.models.own import OWN
 
     # first as JSON: the loader's own message for a damaged file does not name it
     read_json(folder / "config.json")
@@ -113,13 +118,13 @@ def check_config(folder: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (HfAttnError, ValueError, OSError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InvalidInput(f"config.json in {str(folder)!r} does not load: {error}") from error
-    if config.model_type in OWN:
+    if config.model_type in OWN and config.model_type not in DESCRIBED:
         raise Unsupported(
             f"pack {folder}",
-            f"model_type={config.model_type!r} is a family of its own, whose card and code cannot be written yet",
-            "Upload the saved folder with `hf upload`",
+            f"model_type={config.model_type!r} is a family whose card cannot be written yet",
+            "Publish the models that it is made of, or upload the saved folder with `hf upload`",
         )
-    if not getattr(config, "attention", None):
+    if config.model_type not in OWN and not getattr(config, "attention", None):
         raise Unsupported(
             f"pack {folder}",
             f"its config (model_type={config.model_type!r}) has no `attention`, so it is not a model of hf_attn",
@@ -161,8 +166,18 @@ def model_class_of(folder: Path, config: PreTrainedConfig) -> Any:
 
     from hf_attn.models.configuration import AttnConfigMixin
     from hf_attn.models.family import attn_class
+    from hf_attn.models.loading import model_classes
+    from hf_attn.models.own import OWN
 
     named = next(iter(getattr(config, "architectures", None) or []), None)
+    if config.model_type in OWN:
+        known = {model.__name__: model for model in model_classes(config).values()}
+        if named not in known:
+            raise InvalidInput(
+                f"config.json in {str(folder)!r} names the architecture {named!r}; model_type={config.model_type!r} has "
+                f"{', '.join(known)}."
+            )
+        return known[named]
     ours = isinstance(config, AttnConfigMixin)
     stock: Any = getattr(transformers, str(named).removeprefix("Attn" if ours else ""), None)
     is_model = isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_attn.errors import InvalidInput
 
@@ -29,10 +29,7 @@ _NEEDED = (
 
 try:
     import hf_attn
-    from hf_attn.models.configuration import {config}
-    from hf_attn.models.{home} import (
-        {models},
-    )
+{imports}
 except ImportError as error:
     raise ImportError(f"{{_NEEDED}} ({{error}})") from error
 
@@ -41,7 +38,7 @@ from packaging.specifiers import SpecifierSet
 if not SpecifierSet("{versions}").contains(hf_attn.__version__, prereleases=True):
     raise ImportError(f"{{_NEEDED}} (installed: {{hf_attn.__version__}})")
 
-__all__ = ["{config}", "{names}"]
+__all__ = ["{names}"]
 '''
 
 
@@ -69,31 +66,29 @@ def write_code(folder: Path, config: PreTrainedConfig, kind: str = "shim") -> li
 
 def shim(config: PreTrainedConfig) -> str:
     """The text of the shim."""
-    from hf_attn.models.configuration import STATIC
-
-    names = list(dict.fromkeys(name for auto, name in auto_map(config).items() if auto != "AutoConfig"))
-    return _SHIM.format(
-        versions=versions(),
-        config=type(config).__name__,
-        home=STATIC.get(stock_config(config).model_type, "generated"),
-        models=",\n        ".join(names),
-        names='", "'.join(names),
-    )
+    classes = [type(config), *models_of(config)]
+    homes = dict.fromkeys(kind.__module__ for kind in classes)
+    lines = []
+    for home in homes:
+        names = "".join(f"        {kind.__name__},\n" for kind in classes if kind.__module__ == home)
+        lines.append(f"    from {home} import (\n{names}    )")
+    names = '", "'.join(kind.__name__ for kind in classes)
+    return _SHIM.format(versions=versions(), imports="\n".join(lines), names=names)
 
 
 def auto_map(config: PreTrainedConfig) -> dict[str, str]:
-    """Auto class -> class of the family, for every head transformers knows."""
-    from hf_attn.models.family import auto_heads
+    """Auto class -> name of the class, of the config and of every head that transformers knows."""
+    from hf_attn.models.loading import model_classes
 
-    stock = stock_config(config)
-    return {"AutoConfig": type(config).__name__} | {
-        auto.__name__: f"Attn{head.__name__}" for auto, head in auto_heads(stock)
-    }
+    models = {auto: model.__name__ for auto, model in model_classes(config).items()}
+    return {"AutoConfig": type(config).__name__, **models}
 
 
-def stock_config(config: Any) -> Any:
-    """The config class of transformers behind one of ours."""
-    return type(config).stock_class
+def models_of(config: PreTrainedConfig) -> list[type]:
+    """The model classes of the family, each once."""
+    from hf_attn.models.loading import model_classes
+
+    return list(dict.fromkeys(model_classes(config).values()))
 
 
 def versions() -> str:

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from hf_attn.hub.card import Fidelity
+    from hf_attn.recipes.linearize_run import LinearizePlan
 
 MADE_ANEW = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", PROBE, "README.md", "*.png",
-    "fidelity.json", ".eval_results/*.yaml",
+    "fidelity.json", "linearize.json", ".eval_results/*.yaml",
 )  # fmt: skip
 """What the conversion writes, or what would no longer be true of the converted model."""
 
@@ -75,6 +76,7 @@ def convert_checkpoint(
     revision: str | None = None,
     seed: int = 0,
     held_out: Callable[[PreTrainedModel, str], Sequence[Any]] | None = None,
+    linearize: LinearizePlan | None = None,
     **options: Any,
 ) -> Converted:
     """Give a checkpoint other attention, and save it with everything it needs.
@@ -87,6 +89,7 @@ def convert_checkpoint(
         seed: of the mechanisms' parameters and draws.
         held_out: makes batches to measure the fidelity on, of the original model and the folder of its tokenizer or image
             processor. The card gets the numbers, and `fidelity.json` and `fidelity.png` lie beside it.
+        linearize: also train the result to compute what the original computed; see `hf_attn.recipes.linearize`.
         options: options of the default mechanism.
 
     Raises:
@@ -104,7 +107,7 @@ def convert_checkpoint(
     if output.exists() and not (output / PROBE).is_file() and (not output.is_dir() or any(output.iterdir())):
         raise InvalidInput(f"{str(output)!r} holds files that no conversion made. Give another folder, or empty it.")
     # a wrong name is refused before anything is downloaded
-    canonical(attention, options)
+    spec = canonical(attention, options)
     folder, commit = fetch(source, revision)
     config = source_config(folder)
     model_class = model_class_of(folder, config)
@@ -114,9 +117,14 @@ def convert_checkpoint(
         raise
     except Exception as error:  # a stranger's weights can fail anywhere in a stock model
         raise InvalidInput(f"the model in {str(folder)!r} does not load: {error}") from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        convert(model, attention, **options)
+    report = None
+    if linearize is not None:
+        report = linearize(model.eval(), spec, str(folder))
+        model = report.model
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            convert(model, spec)
     model.eval()
 
     named = str(source) if commit else folder.name
@@ -126,11 +134,14 @@ def convert_checkpoint(
         copied = take_over(folder, partial)
         write_probe(model, partial)
         check_probe(partial, model.config, exact=True)
-        fidelity = None
+        known: dict[str, Any] = {"base_model": str(source) if commit else None}
+        if report is not None and linearize is not None:
+            report.save(partial)
+            known["linearized"] = linearize.arguments()
         if held_out is not None:
             original = model_class.from_pretrained(folder, config=config, use_safetensors=True, local_files_only=True)
-            fidelity = _measure(original.eval(), model, held_out(original, str(folder)), partial, named)
-        _write_card(partial, folder, model.config, output.name, str(source) if commit else None, fidelity)
+            known["fidelity"] = _measure(original.eval(), model, held_out(original, str(folder)), partial, named)
+        _write_card(partial, folder, model.config, output.name, known)
         if output.exists():
             shutil.rmtree(output)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -228,14 +239,12 @@ def _measure(original: Any, model: Any, batches: Sequence[Any], folder: Path, te
     return Fidelity(f"`{teacher}` in float64", f"{examples} held-out examples", tuple(rows), "fidelity.png")
 
 
-def _write_card(
-    folder: Path, source: Path, config: PreTrainedConfig, name: str, base: str | None, fidelity: Fidelity | None
-) -> None:
-    """The card; license and base model come from the source."""
+def _write_card(folder: Path, source: Path, config: PreTrainedConfig, name: str, known: dict[str, Any]) -> None:
+    """The card; the license comes from the source."""
     from hf_attn.hub.card import checkpoint_card
     from hf_attn.hub.card_check import check_card
 
-    known: dict[str, Any] = {"base_model": base, "fidelity": fidelity}
+    known = dict(known)
     card = source / "README.md"
     if card.is_file():
         try:

@@ -41,11 +41,16 @@ def answer(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
 
     # weights read from a file lie at odd addresses, which changes the rounding of a matrix product
     copied: Any = copy.deepcopy(model)
+    # what accelerate puts around a model that it trains in half precision
+    copied.__dict__.pop("forward", None)
     copied.to("cpu").eval()
     batch = {name: x.to(copied.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
-        return copied(**batch)[0].float()
+        # not torch.manual_seed, which seeds GPUs as well
+        torch.default_generator.manual_seed(_SEED)
+        first = copied(**batch)[0]
+        # a backbone gives a tuple of feature maps
+        return (first[-1] if isinstance(first, tuple) else first).float()
 
 
 def write_probe(model: PreTrainedModel, folder: Path) -> None:

@@ -28,10 +28,11 @@ from hf_attn.hub.probe import check_probe, write_probe
 from hf_attn.hub.verify import Change, change
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitInfo, HfApi
     from transformers import PreTrainedModel, Trainer
 
 MESSAGE = "Publish with hf_attn"
+_MADE = "The repository exists, and its files are as they were"
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,12 @@ class Published:
         """Python that loads exactly this commit."""
         pin = f', revision="{self.commit}"' if self.commit else ""
         return f'import hf_attn; from transformers import AutoModel; AutoModel.from_pretrained("{self.repo_id}"{pin})'
+
+    def commit_info(self, message: str) -> CommitInfo:
+        """The commit in the form of huggingface_hub."""
+        from huggingface_hub import CommitInfo
+
+        return CommitInfo(self.url or "", message, "", self.commit or "", pr_url=self.pull_request)
 
     def as_json(self) -> dict[str, Any]:
         facts = asdict(self)
@@ -226,23 +233,7 @@ def _upload(plan: Plan, target: Target) -> Published:
     """Everything that talks to the Hub, in order; each stage either changes nothing or is found done by the next run."""
     api = talk.connect()
     repo = target.repo_id
-    nothing = "Nothing was changed on the Hub"
-    talk.attempt(
-        "creating the repository",
-        nothing,
-        lambda: bool(api.create_repo(repo, private=target.private, exist_ok=True)),
-        landed=lambda: _exists(api, repo),
-    )
-    made = "The repository exists, and its files are as they were"
-    info = talk.attempt("reading the repository", made, lambda: api.model_info(repo))
-    if target.private is not None and bool(info.private) != target.private:
-        is_now, wanted = ("private", "public") if info.private else ("public", "private")
-        raise PublishFailed(
-            "checking the visibility",
-            f"{repo} is {is_now}, and {wanted} was asked for",
-            made,
-            "Change it in the repository's settings, or leave private out",
-        )
+    private, made = _make(api, target), _MADE
     if target.revision != "main" and not target.revision.startswith("refs/"):
         talk.attempt(
             "creating the branch", made, lambda: api.create_branch(repo, branch=target.revision, exist_ok=True)
@@ -276,7 +267,39 @@ def _upload(plan: Plan, target: Target) -> Published:
     if target.tag is not None and tagged is None:
         done = f"The commit {commit} is there, without the tag"
         talk.attempt("creating the tag", done, lambda: api.create_tag(repo, tag=target.tag or "", revision=commit, exist_ok=True))  # fmt: skip
-    return _result(state, plan, target, bool(info.private), commit, url, pull, todo.delete)
+    return _result(state, plan, target, private, commit, url, pull, todo.delete)
+
+
+def reserve(target: Target, timeout: float = 120.0) -> None:
+    """Make the repository, if it is not there: before a long run, what would be refused after it is refused now.
+
+    Raises:
+        PublishFailed: there is no token, or it may not write, or the repository has the other visibility.
+    """
+    target.check()
+    with talk.patience(timeout):
+        _make(talk.connect(), target)
+
+
+def _make(api: HfApi, target: Target) -> bool:
+    """Make the repository, if it is not there; whether it is private."""
+    repo = target.repo_id
+    talk.attempt(
+        "creating the repository",
+        "Nothing was changed on the Hub",
+        lambda: bool(api.create_repo(repo, private=target.private, exist_ok=True)),
+        landed=lambda: _exists(api, repo),
+    )
+    private = bool(talk.attempt("reading the repository", _MADE, lambda: api.model_info(repo)).private)
+    if target.private is not None and private != target.private:
+        is_now, wanted = ("private", "public") if private else ("public", "private")
+        raise PublishFailed(
+            "checking the visibility",
+            f"{repo} is {is_now}, and {wanted} was asked for",
+            _MADE,
+            "Change it in the repository's settings, or leave private out",
+        )
+    return private
 
 
 def _exists(api: HfApi, repo: str) -> bool | None:

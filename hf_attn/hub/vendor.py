@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_attn.errors import InvalidInput
+from hf_attn.hub.families import mechanism_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -30,20 +31,23 @@ def vendored(config: PreTrainedConfig) -> dict[str, str]:
     Raises:
         InvalidInput: the source uses an import that cannot be flattened.
     """
-    from hf_attn.hub.code import ENTRY, auto_map, stock_config, versions
-    from hf_attn.models.configuration import STATIC
+    from hf_attn.hub.code import ENTRY, models_of, versions
+    from hf_attn.models.own import OWN
 
-    home = f"hf_attn.models.{STATIC.get(stock_config(config).model_type, 'generated')}"
+    models = models_of(config)
+    homes = list(dict.fromkeys(model.__module__ for model in models))
     mechanisms = _mechanisms(config)
     modules = {_REGISTER: _register(mechanisms)}
-    waiting = [home, "hf_attn.models.family", *mechanisms]
+    waiting = [*homes, type(config).__module__, *mechanisms]
+    if config.model_type not in OWN:
+        waiting.append("hf_attn.models.family")
     while waiting:
         name = waiting.pop()
         if name not in modules:
             modules[name], needed = flatten(name)
             waiting += sorted(needed)
-    names = list(dict.fromkeys(name for auto, name in auto_map(config).items() if auto != "AutoConfig"))
-    entry = _entry(home, stock_config(config), type(config).__name__, names, versions())
+    own = config.model_type in OWN
+    entry = _entry(config, models, _own_classes(config, models) if own else _attn_classes(config, models), versions())
     return {f"{flat(name)}.py": text for name, text in sorted(modules.items())} | {f"{ENTRY}.py": entry}
 
 
@@ -117,12 +121,10 @@ def _import(module: str, node: ast.ImportFrom, needed: set[str]) -> str:
 
 
 def _mechanisms(config: PreTrainedConfig) -> list[str]:
-    """Modules of the mechanisms in use, and of softmax, which stands in where an entry names none."""
+    """Modules of the mechanisms that the models ask the registry for."""
     from hf_attn.registry import get_mechanism
 
-    attention: dict[str, dict[str, Any]] = getattr(config, "attention", None) or {}
-    names = ["softmax", *(entry["name"] for entry in attention.values())]
-    found = list(dict.fromkeys(get_mechanism(name).module_class.__module__ for name in names))
+    found = list(dict.fromkeys(get_mechanism(name).module_class.__module__ for name in mechanism_names(config)))
     for name in found:
         if not _is_module(name):
             raise InvalidInput(
@@ -136,27 +138,41 @@ def _register(mechanisms: list[str]) -> str:
     return "\n".join(['"""Registers the mechanisms of this checkpoint."""', "", *lines, ""])
 
 
-def _entry(home: str, stock: Any, config: str, names: list[str], versions: str) -> str:
+def _attn_classes(config: PreTrainedConfig, models: list[type]) -> str:
+    """Lines that make the classes of an attn family: the copied code derives them from those of transformers."""
+    stock: Any = type(config).stock_class  # type: ignore[attr-defined]
+    (home,) = {model.__module__ for model in models}
+    lines = [
+        f"from {stock.__module__.rpartition('.')[0]} import {stock.__name__}",
+        "",
+        "from .hf_attn_models_configuration import attn_config_class",
+        "from .hf_attn_models_family import register_models",
+        f"from .{flat(home)} import __name__ as _home  # noqa: F401",
+        f"from . import {flat(home)} as home",
+        "",
+        f"{type(config).__name__} = attn_config_class({stock.__name__})",
+        *(f'{model.__name__} = getattr(home, "{model.__name__}")' for model in models),
+        f"register_models({type(config).__name__})",
+    ]
+    return "\n".join(lines)
+
+
+def _own_classes(config: PreTrainedConfig, models: list[type]) -> str:
+    """Lines that import the classes of a family of this package's own."""
+    return "\n".join(f"from .{flat(kind.__module__)} import {kind.__name__}" for kind in [type(config), *models])
+
+
+def _entry(config: PreTrainedConfig, models: list[type], classes: str, versions: str) -> str:
     """The file that `auto_map` names; config and models share it, so that both find the same classes."""
-    heads = [f"from {stock.__module__.rpartition('.')[0]} import {stock.__name__}"]
-    models = "\n".join(f'{name} = getattr(home, "{name}")' for name in names)
-    every = "\n".join(f'    "{name}",' for name in [config, *names])
+    names = [type(config).__name__, *(model.__name__ for model in models)]
+    every = "\n".join(f'    "{name}",' for name in names)
     return f'''"""This checkpoint's model, without the package {PACKAGE}. Generated from it ({versions}) by `hf-attn publish --vendored`."""
 
-{heads[0]}
-
 from .{flat(_REGISTER)} import __name__ as _registered  # noqa: F401
-from .hf_attn_models_configuration import attn_config_class
-from .hf_attn_models_family import register_models
-from .{flat(home)} import __name__ as _home  # noqa: F401
-from . import {flat(home)} as home
-
-{config} = attn_config_class({stock.__name__})
-{models}
-register_models({config})
+{classes}
 
 # saving copies the file that a class says it comes from, and what that imports
-for _class in ({config}, {", ".join(names)}):
+for _class in ({", ".join(names)}):
     _class.__module__ = __name__
 
 __all__ = [

@@ -4,7 +4,9 @@ An operation (say, exact attention) has an ordered table of `Backend`s, register
 call then goes through `choose`, which reads what the probes found and asks nothing of the machine, so that it can be
 traced by `torch.compile`.
 
-The environment variable HF_ATTN_KERNELS=torch leaves every backend that is not torch's own out of automatic choice.
+The environment variable HF_ATTN_KERNELS=torch leaves every backend that is not torch's own out of automatic choice;
+HF_ATTN_KERNELS=triton lets it take our Triton kernels wherever they can run, those included that otherwise run only when
+asked for by name.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,17 +47,29 @@ class Backend:
 
 
 def setting(environment: Any = os.environ) -> str:
-    """HF_ATTN_KERNELS: "auto" (the default) or "torch"."""
+    """HF_ATTN_KERNELS: "auto" (the default), "torch" or "triton"."""
     value = environment.get("HF_ATTN_KERNELS") or "auto"
-    if value not in ("auto", "torch"):
-        raise InvalidOption(f"the environment variable HF_ATTN_KERNELS is {value!r}; it must be 'auto' or 'torch'.")
+    if value not in ("auto", "torch", "triton"):
+        rule = "it must be 'auto', 'torch' or 'triton'"
+        raise InvalidOption(f"the environment variable HF_ATTN_KERNELS is {value!r}; {rule}.")
     return value
 
 
-_torch_only = setting() == "torch"
+_setting = setting()
 _tables: dict[str, tuple[Backend, ...]] = {}
 _absent: dict[str, dict[str, str]] = {}
 _refused: dict[str, dict[str, str]] = {}
+
+
+@contextmanager
+def using(value: str) -> Iterator[None]:
+    """Automatic choice as under this value of HF_ATTN_KERNELS, for as long as the block runs."""
+    global _setting
+    before, _setting = _setting, setting({"HF_ATTN_KERNELS": value})
+    try:
+        yield
+    finally:
+        _setting = before
 
 
 def probe(operation: str, backends: Sequence[Backend]) -> None:
@@ -92,7 +107,7 @@ def choose(operation: str, requested: str, backends: Sequence[Backend], request:
             f"Works here: {', '.join(['auto', *_able(absent, backends, request)])}."
         )
     for backend in backends:
-        if not backend.automatic or backend.name in absent or (_torch_only and not backend.builtin):
+        if not allowed(backend, _setting) or backend.name in absent:
             continue
         reason = backend.accepts(request)
         if reason is None:
@@ -101,6 +116,13 @@ def choose(operation: str, requested: str, backends: Sequence[Backend], request:
             _refused[operation][backend.name] = reason
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons(operation).items())
     raise KernelUnavailable(f"{operation}: no backend can run this call ({why}).")
+
+
+def allowed(backend: Backend, setting: str) -> bool:
+    """Whether "auto" may take `backend` under this value of HF_ATTN_KERNELS."""
+    if setting == "torch":
+        return backend.automatic and backend.builtin
+    return backend.automatic or backend.name == setting
 
 
 def reasons(operation: str) -> dict[str, str]:

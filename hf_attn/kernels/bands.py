@@ -74,16 +74,22 @@ class Bands(NamedTuple):
         return x.flatten(-2)[..., : self.targets]
 
     def product(self, weight: Tensor, x: Tensor) -> Tensor:
-        """(G,T,c,s) weights times the windows of x (G,n,F): (G,m,F)."""
+        """(G,T,c,s) weights times the windows of x (G,n,...), of any strides: (G,m,...)."""
         return _BandProduct.apply(weight, x, self)
 
     def windows(self, x: Tensor) -> Tensor:
-        """(G,n,F) -> (G*T,s,F); the windows overlap in memory."""
+        """(G,n,...) -> (G*T,s,F), the last dimensions as one; the windows overlap in memory."""
         if self.number == 1:
-            return x
-        groups, length, features = x.shape[0], self.number * self.size, x.shape[2]
-        buffer = x.new_zeros(groups * length + self.span - self.size, features)
-        self._places(buffer, groups).copy_(x[:, max(0, self.earlier - self.before) :])
+            return x.flatten(2)
+        groups, length, features = x.shape[0], self.number * self.size, x.shape[2:].numel()
+        buffer = x.new_empty(groups * length + self.span - self.size, features)
+        first, last = max(0, self.before - self.earlier), self.before + self.targets
+        places = buffer[: groups * length].unflatten(0, (groups, length))
+        # written once: the tokens, and zeros where there is none
+        places[:, first:last].unflatten(2, x.shape[2:]).copy_(x[:, max(0, self.earlier - self.before) :])
+        places[:, :first] = 0
+        places[:, last:] = 0
+        buffer[groups * length :] = 0
         return buffer.as_strided((groups * self.number, self.span, features), (self.size * features, features, 1))
 
     def adjoint(self, weight: Tensor, grad: Tensor) -> Tensor:
@@ -114,13 +120,6 @@ class Bands(NamedTuple):
         out = torch.bmm(transposed, windows).view(groups, -1, features)
         return functional.pad(out[:, lead - ahead : lead + self.targets], (0, 0, self.earlier - ahead, 0))
 
-    def _places(self, buffer: Tensor, groups: int) -> Tensor:
-        """The part of the buffer of all windows that holds tokens, (G,tokens,F)."""
-        length = self.number * self.size
-        return buffer[: groups * length].unflatten(0, (groups, length))[
-            :, max(0, self.before - self.earlier) : self.before + self.targets
-        ]
-
 
 class _BandProduct(torch.autograd.Function):
     """`Bands.product`, with a backward pass that keeps no windows."""
@@ -130,12 +129,13 @@ class _BandProduct(torch.autograd.Function):
         ctx.save_for_backward(weight, x)
         ctx.bands = bands
         out = torch.bmm(weight.flatten(0, 1), bands.windows(x))
-        return out.view(x.shape[0], -1, x.shape[2])[:, : bands.targets]
+        return out.view(x.shape[0], -1, *x.shape[2:])[:, : bands.targets]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight, x), bands = ctx.saved_tensors, ctx.bands
+        shape, grad = x.shape, grad.flatten(2)
         padded = functional.pad(grad, (0, 0, 0, bands.number * bands.size - bands.targets))
         padded = padded.reshape(-1, bands.size, grad.shape[2])
         to_weight = torch.bmm(padded, bands.windows(x).transpose(1, 2)).view_as(weight)
-        return to_weight, bands.adjoint(weight, grad), None
+        return to_weight, bands.adjoint(weight, grad).view(shape), None

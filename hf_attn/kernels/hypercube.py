@@ -88,11 +88,12 @@ def _triton_accepts(request: Request) -> str | None:
 
 
 def _triton(request: Request) -> Tensor:
-    kernel = importlib.import_module("hf_attn.kernels.block_sparse").block_sparse_attention
+    from hf_attn.kernels.block_sparse import block_sparse_attention
+
     query, key, value, real, is_causal, scaling, _, block, _, _ = request
     listed = neighbours if torch.compiler.is_compiling() else _kept_neighbours
     table = listed(-(-key.shape[2] // block), query.device)
-    return kernel(query, key, value, table, real, scaling, block, is_causal)[0]
+    return block_sparse_attention(query, key, value, table, real, scaling, block, is_causal)[0]
 
 
 def _missing_flex() -> str | None:

@@ -96,20 +96,24 @@ def _accepts(request: Request) -> str | None:
 def _triton(request: Request) -> Tensor:
     query, key, value, directions, real, is_causal, scaling = request
     if is_causal:
-        kernel = importlib.import_module("hf_attn.kernels.causal_linear").causal_linear_attention
+        from hf_attn.kernels.causal_linear import causal_linear_attention as kernel
+
         return kernel(query, key, value, directions, None, real, scaling)[0]
-    kernel = importlib.import_module("hf_attn.kernels.key_bias").key_bias_attention
+    from hf_attn.kernels.key_bias import key_bias_attention
+
     asking = directions.to(query.dtype).expand(query.shape[0], -1, -1, -1)
-    found, log_mass = kernel(asking, key, value, None, real, scaling**0.5, scaling / 2)
+    found, log_mass = key_bias_attention(asking, key, value, None, real, scaling**0.5, scaling / 2)
     if real is not None:
         # without a real key every direction found zeros; asked alike, they give zeros
         log_mass = log_mass.masked_fill(~real.any(dim=1)[:, None, None], 0)
-    return kernel(query, asking, found, log_mass, None, scaling**0.5, 0.0)[0]
+    return key_bias_attention(query, asking, found, log_mass, None, scaling**0.5, 0.0)[0]
 
 
 def _torch(request: Request) -> Tensor:
     directions = request.directions.to(request.query.dtype)
-    log_query, log_key = (log_positive(x, directions, request.scaling) for x in (request.query, request.key))
+    # what depends on the query alone cancels, and is not computed
+    log_query = request.scaling**0.5 * (request.query @ directions.transpose(-1, -2))
+    log_key = log_positive(request.key, directions, request.scaling)
     if request.is_causal:
         return causal_linear_attention(log_query, log_key, request.value, request.key_padding_mask)[0]
     return linear_attention(log_query, log_key, request.value, request.key_padding_mask)

@@ -31,9 +31,15 @@ def read(pointer, stride, start, tokens, dim, ROWS: tl.constexpr, WIDTH: tl.cons
 @triton.jit
 def write(pointer, start, tokens, dim, tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Write a tile into rows from `start` on of a contiguous (tokens, dim) matrix, in its dtype."""
+    write_part(pointer, dim, start, tokens, dim, tile, ROWS, WIDTH)
+
+
+@triton.jit
+def write_part(pointer, stride, start, tokens, dim, tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """`write` into a matrix whose rows are `stride` apart."""
     row, column = start + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     inside = (row[:, None] < tokens) & (column[None, :] < dim)
-    tl.store(pointer + row[:, None] * dim + column[None, :], tile.to(pointer.dtype.element_ty), mask=inside)
+    tl.store(pointer + row[:, None] * stride + column[None, :], tile.to(pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -71,6 +77,14 @@ def width(dim: int) -> int:
 def rows_of(tensor: Tensor) -> Tensor:
     """`tensor` (B,H,N,D) with the numbers of a row side by side; other strides are free."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def diagonal_sums(table: Tensor) -> Tensor:
+    """(...,T,T) -> (...,2T-1): sums along the diagonals, from the one of the lower left corner on."""
+    side = table.shape[-1]
+    # rows from the last on, each moved a place further than the one before
+    rows = torch.nn.functional.pad(table.flip(-2), (0, side)).flatten(-2)[..., : side * (2 * side - 1)]
+    return rows.unflatten(-1, (side, 2 * side - 1)).sum(dim=-2)
 
 
 def tuned(kernel: Any, keys: Sequence[str], warps: Sequence[int] = (4, 8), stages: Sequence[int] = (2, 3)) -> Any:

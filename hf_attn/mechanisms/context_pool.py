@@ -376,12 +376,12 @@ class ContextPool(AttentionModule):
 
         def pool(x: Tensor) -> Tensor:
             tokens = x[:, :, prefix:]
-            # shared weights: the heads lie side by side, as they do in the model
+            # shared weights: one product for all heads, whose tokens are read as they lie
             shared = self.options.pool_heads == 1
-            groups = tokens.transpose(1, 2).flatten(2) if shared else tokens.flatten(0, 1)
+            groups = tokens.transpose(1, 2) if shared else tokens.flatten(0, 1)
             with torch.autocast(x.device.type, enabled=False):
                 out = bands.product(weight.flatten(0, 1).to(x.dtype), groups)
-            out = out.unflatten(2, (self.num_heads, -1)).transpose(1, 2) if shared else out.unflatten(0, x.shape[:2])
+            out = out.transpose(1, 2) if shared else out.unflatten(0, x.shape[:2])
             out = out if lonely is None else torch.where(lonely, tokens[:, :, earlier:], out)
             return torch.cat((x[:, :, :prefix], out), dim=2) if prefix else out
 

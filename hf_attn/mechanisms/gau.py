@@ -186,6 +186,7 @@ class SquaredReluAttention(_Biased):
 
     name = "relu2"
     options_class = Relu2Options
+    needs_training = "does not normalise the weights of a row"
     function = staticmethod(relu2)
 
     @classmethod
@@ -287,6 +288,7 @@ class SoftmaxPlusAttention(_Biased):
     name = "softmax_plus"
     options_class = SoftmaxPlusOptions
     in_float32 = False
+    needs_training = "is sharper or flatter than a softmax where a query does not see n_ref keys"
 
     @classmethod
     def describe(cls, options: SoftmaxPlusOptions) -> Capabilities:

@@ -27,6 +27,7 @@ from hf_attn.errors import InvalidInput, Unsupported
 from hf_attn.functional import causal_linear_attention, finite, linear_attention, masked_softmax
 from hf_attn.functional_masks import ToeplitzMask
 from hf_attn.kernels import flash
+from hf_attn.kernels.causal_features import causal_feature_attention
 from hf_attn.module import AttentionModule, Call, State
 from hf_attn.options import Options
 from hf_attn.registry import Mechanism, register
@@ -271,7 +272,7 @@ class GeneralizedAttention(AttentionModule):
         log_key = self.key_logits(call)
         if call.is_causal:
             log_query = log_key.new_zeros(*call.query.shape[:3], 1)
-            return causal_linear_attention(log_query, log_key, call.value, call.key_padding_mask)[0]
+            return causal_feature_attention(log_query, log_key, call.value, call.key_padding_mask)
         log_query = log_key.new_zeros(*call.query.shape[:2], 1, 1)
         out = linear_attention(log_query, log_key, call.value, call.key_padding_mask)
         return out.expand(-1, -1, call.queries, -1)

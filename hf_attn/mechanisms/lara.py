@@ -27,6 +27,7 @@ from torch import Tensor
 from hf_attn.capabilities import Capabilities
 from hf_attn.errors import InvalidInput, Unsupported
 from hf_attn.functional import SummaryProjection, recomputed
+from hf_attn.kernels import landmarks
 from hf_attn.module import AttentionModule, Call
 from hf_attn.options import Options
 from hf_attn.registry import Mechanism, register
@@ -317,7 +318,12 @@ class LinearRandomizedAttention(AttentionModule):
             log_density = log_density.masked_fill(~valid[:, :, None, None], _NEGATIVE_INFINITY)
         mixture = log_density.logsumexp(dim=-1)
 
-        f, log_mass = stage(_to_landmarks, s * w.flatten(2, 3), call.key, call.value, s, real)
+        scaled = s * w.flatten(2, 3)
+        request = landmarks.Request(
+            scaled, call.key, call.value, None, real, 1.0, s / 2,
+            lambda: stage(_to_landmarks, scaled, call.key, call.value, s, real),
+        )  # fmt: skip
+        f, log_mass = landmarks.landmark_stage(request)
         optimal = self.options.mis_type == "mis-opt"
         bias = log_mass.view_as(own) - (own if optimal else mixture)
         if valid is not None:
@@ -333,9 +339,17 @@ class LinearRandomizedAttention(AttentionModule):
                 q.split(size, dim=2), itertools.repeat(None) if competing is None else competing.split(size, dim=1)
             )
             of_alpha = (stage(self._log_total, call, q, q_bar, competing), q_bar, (own - mixture).exp(), valid)
-        out = torch.cat(
-            [stage(self._from_landmarks, call, f, direction, bias, of_alpha, *some) for some in queries], dim=2
-        )
+
+        def plain() -> tuple[Tensor, None]:
+            parts = [stage(self._from_landmarks, call, f, direction, bias, of_alpha, *some) for some in queries]
+            return torch.cat(parts, dim=2), None
+
+        if optimal:
+            # its weights are no softmax
+            out, _ = plain()
+        else:
+            request = landmarks.Request(q, direction, f, bias.flatten(2), None, 1.0, 0.0, plain)
+            out, _ = landmarks.landmark_stage(request)
         return out if mask is None else out.masked_fill(~alive[:, None, None], 0)
 
     def _competing(self, call: Call, real: Tensor | None) -> Tensor | None:

@@ -28,6 +28,7 @@ from hf_attn.capabilities import Capabilities
 from hf_attn.errors import Unsupported
 from hf_attn.functional import masked_softmax
 from hf_attn.kernels import flash
+from hf_attn.kernels import mixed_chunk as kernel
 from hf_attn.masks import causal_order
 from hf_attn.mechanisms.gau import all_visible, laplace, relu2, toeplitz
 from hf_attn.module import AttentionModule, Call, State
@@ -69,6 +70,7 @@ class MixedChunkAttention(AttentionModule):
 
     name = "mixed_chunk"
     options_class = MixedChunkOptions
+    needs_training = "adds a linear part on another scale than a softmax"
 
     def __init__(self, num_heads: int, head_dim: int, options: MixedChunkOptions):
         super().__init__(num_heads, head_dim, options)
@@ -154,6 +156,19 @@ class MixedChunkAttention(AttentionModule):
     # -- the efficient form ----------------------------------------------------------------------------------------
 
     def attend(self, call: Call) -> Tensor:
+        """By the kernel that can run the call."""
+        options, bias = self.options, None
+        if options.rel_pos_bias:
+            bias = self.rel_bias.to(call.query.dtype)
+        request = kernel.Request(
+            call.query, call.key, *self.copies(call.query, call.key), call.value, None, bias, call.key_padding_mask,
+            call.is_causal, options.chunk_size, options.local_attention,
+            call.scale * self.head_dim**0.5 / options.chunk_size, options.linear_norm == "mean", 0.0,
+            lambda: self._in_torch(call),
+        )  # fmt: skip
+        return kernel.mixed_chunk_attention(request)
+
+    def _in_torch(self, call: Call) -> Tensor:
         """Chunks are a batch dimension; between them go sums of k' v^T, (D,D) a chunk."""
         if call.is_causal:
             return self._causal(call, call.key, call.value, call.key_padding_mask, None)[0]

@@ -28,6 +28,7 @@ from torch.nn import functional
 from hf_attn.capabilities import Capabilities
 from hf_attn.errors import Unsupported
 from hf_attn.functional import masked_softmax, recomputed
+from hf_attn.kernels import blocks as block_kernels
 from hf_attn.kernels import flash
 from hf_attn.module import AttentionModule, Call
 from hf_attn.options import Options
@@ -314,6 +315,14 @@ class MultiResolutionAttention(AttentionModule):
 
     def _fine(self, blocks: Blocks, split: Tensor, number: int) -> Sums:
         """The blocks of the last side; `number` blocks of the side before it were split in every head."""
+        side, block = self.options.sides[-1], blocks.key.shape[2] // split.shape[3]
+        request = block_kernels.Request(
+            blocks.query, blocks.key, blocks.value, split, blocks.real_key, block, side > 1,
+            lambda: self._fine_in_torch(blocks, split, number),
+        )  # fmt: skip
+        return Sums(*block_kernels.block_sums(request))
+
+    def _fine_in_torch(self, blocks: Blocks, split: Tensor, number: int) -> Sums:
         side, (rows, columns) = self.options.sides[-1], split.shape[2:]
         query = _means(blocks.query, blocks.real_query, side)
         key, value = (_means(x, blocks.real_key, side) for x in (blocks.key, blocks.value))

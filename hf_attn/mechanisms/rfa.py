@@ -31,6 +31,8 @@ from hf_attn.functional import (
     log_positive,
     random_directions,
 )
+from hf_attn.kernels.causal_features import causal_feature_attention
+from hf_attn.kernels.random_features import random_feature_attention
 from hf_attn.module import AttentionModule, Call, State
 from hf_attn.options import Options
 from hf_attn.registry import Mechanism, register
@@ -180,13 +182,18 @@ class RandomFeatureAttention(AttentionModule):
         return linear_weights(*self.log_features(call), call.visible())
 
     def attend(self, call: Call) -> Tensor:
+        if self.options.feature_map == "positive" and not self.options.official_compat:
+            return random_feature_attention(
+                call.query, call.key, call.value, self.z(call), key_padding_mask=call.key_padding_mask,
+                is_causal=call.is_causal, scaling=call.scale,
+            )  # fmt: skip
         if call.is_causal:
-            return causal_linear_attention(*self.summed_features(call), call.value, call.key_padding_mask)[0]
+            return causal_feature_attention(*self.log_features(call), call.value, call.key_padding_mask)
         if self.options.official_compat:
             phi_query, phi_key = self.official_features(call)
             mass = phi_query @ phi_key.sum(dim=2)[..., None]
             return phi_query @ (phi_key.transpose(-1, -2) @ call.value) / mass.clamp(min=OFFICIAL_FLOOR)
-        return linear_attention(*self.summed_features(call), call.value, call.key_padding_mask)
+        return linear_attention(*self.log_features(call), call.value, call.key_padding_mask)
 
     def recurrent(self, call: Call, state: State | None) -> tuple[Tensor, State]:
         """A state is made of features, so it keeps directions that are not the saved ones for the steps to come."""

@@ -36,6 +36,7 @@ from hf_attn.functional import (
     random_directions,
     recomputed,
 )
+from hf_attn.kernels import rings
 from hf_attn.module import AttentionModule, Call
 from hf_attn.options import Options
 from hf_attn.registry import Mechanism, register
@@ -344,7 +345,8 @@ class RippleAttention(AttentionModule):
         if options.ripple_impl == "auto" and self.feature_map in ("elu1", "mlp_fourier") and not call.is_causal:
             mode = "training" if torch.is_grad_enabled() else "inference"
             sat = call.queries >= SAT_FROM[mode] * (log_alpha.shape[-1] - 1)
-        return self._summed_area(call, log_alpha) if sat else self._quadratic(call, log_alpha)
+            sat = sat or rings.local(call.query, self.num_features)
+        return self._by_rings(call, log_alpha) if sat else self._quadratic(call, log_alpha)
 
     def _quadratic(self, call: Call, log_alpha: Tensor) -> Tensor:
         """softmax of log kernel + log alpha, alpha gathered by ring."""
@@ -368,8 +370,8 @@ class RippleAttention(AttentionModule):
             logits, visible = log_kernel(log_query, log_key, visible)
         return masked_softmax(logits + bias, visible) @ call.value
 
-    def _summed_area(self, call: Call, log_alpha: Tensor) -> Tensor:
-        """sum_r (alpha_r - alpha_{r+1}) Box_r + alpha_last Total, Box_r the sum over the square of radius r."""
+    def _by_rings(self, call: Call, log_alpha: Tensor) -> Tensor:
+        """Sums over rings as numbers, not as logarithms: by tables, or by the kernel that needs none."""
         prefix, rows, columns = _geometry(call)
         log_query, log_key = self.log_features(call.query, call), self.log_features(call.key, call)
         if call.key_padding_mask is not None:
@@ -385,14 +387,12 @@ class RippleAttention(AttentionModule):
         top = log_alpha.detach().amax(dim=-1, keepdim=True)
         top = torch.maximum(top, log_prefix.detach()) if prefix else top
         alpha = (log_alpha - top).exp()
-        coefficient = torch.cat((alpha[..., :-1] - alpha[..., 1:], alpha[..., -1:]), dim=-1)
-        coefficient = coefficient.expand(call.batch, -1, rows * columns, -1)
-
-        grid_parts = [x[:, :, prefix:].flatten(0, 1) for x in (query, key, value)] + [coefficient.flatten(0, 1)]
-        numbers = rows * columns * key.shape[-1] * value.shape[-1]
-        group = max(1, SAT_NUMBERS // numbers)
-        parts = zip(*(x.split(group) for x in grid_parts), strict=True)
-        result = torch.cat([recomputed(_boxes, *part, rows, columns) for part in parts]).unflatten(0, (call.batch, -1))
+        grid_query, grid_key, grid_value = (x[:, :, prefix:] for x in (query, key, value))
+        request = rings.Request(
+            grid_query, grid_key, grid_value[..., :-1], alpha, rows, columns,
+            lambda: _summed_area(grid_query, grid_key, grid_value, alpha, rows, columns),
+        )  # fmt: skip
+        result = rings.ring_sums(request)
         total = key.transpose(-1, -2) @ value
         if prefix:
             from_prefix = key[:, :, :prefix].transpose(-1, -2) @ value[:, :, :prefix]
@@ -426,6 +426,19 @@ def _rings(rows: int, columns: int, device: torch.device) -> Tensor:
     row = torch.arange(rows, device=device).repeat_interleave(columns)
     column = torch.arange(columns, device=device).repeat(rows)
     return torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs())
+
+
+def _summed_area(query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, rows: int, columns: int) -> Tensor:
+    """(B,H,N,D+1) sum_r (alpha_r - alpha_{r+1}) phi(q)^T Box_r + alpha_last phi(q)^T Total.
+
+    Box_r is the sum of phi(k) v^T over the square of radius r, value (B,H,N,D+1) has a column of ones.
+    """
+    coefficient = torch.cat((alpha[..., :-1] - alpha[..., 1:], alpha[..., -1:]), dim=-1)
+    coefficient = coefficient.expand(*query.shape[:3], -1)
+    parts = [x.flatten(0, 1) for x in (query, key, value, coefficient)]
+    group = max(1, SAT_NUMBERS // (rows * columns * key.shape[-1] * value.shape[-1]))
+    several = zip(*(x.split(group) for x in parts), strict=True)
+    return torch.cat([recomputed(_boxes, *part, rows, columns) for part in several]).unflatten(0, query.shape[:2])
 
 
 def _boxes(query: Tensor, key: Tensor, value: Tensor, coefficient: Tensor, rows: int, columns: int) -> Tensor:

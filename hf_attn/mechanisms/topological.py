@@ -35,14 +35,17 @@ from hf_attn.functional import (
     log_positive,
     random_directions,
 )
+from hf_attn.kernels import toeplitz
+from hf_attn.kernels.causal_features import causal_feature_attention
 from hf_attn.mechanisms.topological_options import CAUSAL, GRAPHS, READ_BY, SEQUENCES, TABLES, TopologicalOptions
 from hf_attn.module import AttentionModule, Call, State
 from hf_attn.registry import Mechanism, register
 
-STRUCTURED_FROM = {"toeplitz": 32768, "block_toeplitz": 32768, "tree": 16384, "decay": 512, "low_rank": 64}
-"""Keys from which the structured form (FFT, tree passes, chunked recurrence, sums over the rank) replaces the tiled
-one; of "low_rank" keys for each unit of rank. Measured on one CPU thread, float32, D = 64. `fft_min_length` can only
-raise it."""
+STRUCTURED_FROM = {"decay": 1024, "low_rank": 128, "tree": math.inf, "toeplitz": math.inf, "block_toeplitz": math.inf}
+"""Keys from which the structured form (FFT, tree passes, chunked recurrence, sums over the rank) replaces the tiled one;
+of "low_rank" keys for each unit of rank; infinite where it won at no length measured. From
+docs/benchmarks/topological_forms.md, written by `scripts/topological_forms.py --apply`. `fft_min_length` can only raise
+it."""
 
 
 class TopologicalAttention(AttentionModule):
@@ -273,16 +276,23 @@ class TopologicalAttention(AttentionModule):
 
     # -- the efficient forms ---------------------------------------------------------------------------------------
 
+    def form(self, keys: int) -> str:
+        """ "dense", "tiled" or "structured": the form that was measured to be the fastest at this many keys."""
+        options, kind = self.options, self.options.mask_type
+        if keys < options.fft_min_length:
+            return "dense"
+        least = STRUCTURED_FROM.get(kind, math.inf) * (options.rank if kind == "low_rank" else 1)
+        return "structured" if keys >= least else "tiled"
+
     def attend(self, call: Call) -> Tensor:
         options, kind, padding = self.options, self.options.mask_type, call.key_padding_mask
         if kind == "none":
-            return self._unmasked(call, None)[0]
-        dense = call.keys < options.fft_min_length
-        least = STRUCTURED_FROM.get(kind, math.inf) * (options.rank if kind == "low_rank" else 1)
-        structured = not dense and call.keys >= least
+            linear = causal_feature_attention if call.is_causal else linear_attention
+            return linear(*self._floored(call), call.value, padding)
+        form = self.form(call.keys)
+        dense, structured = form == "dense", form == "structured"
         if kind == "decay" and structured:
-            rest = (call.value, call.is_causal, self.rate(call), padding)
-            return structural.decay_attention(*self.log_features(call), *rest)
+            return self._decayed(call)
         mask = self.mask(call)
         if options.feature_map == "favor":
             weigh = partial(structural.weigh_exponential, key_padding_mask=padding)
@@ -299,29 +309,50 @@ class TopologicalAttention(AttentionModule):
             # sums below the rounding error of the products are no weights
             noise = mask.error * (query @ key.sum(dim=2)[..., None]).detach()
         else:
-            sums = structural.tiled(structural.weigh_linear, mask, query, key, value, call.is_causal, dense)
+            sums = self._tiled(call, mask, query, key, value, dense)
         if self.floor:
             total = value.cumsum(dim=2)[:, :, -call.queries :] if call.is_causal else value.sum(dim=2, keepdim=True)
             sums = sums + self.floor * total
         mass = sums[..., -1:]
         return torch.where(mass > noise, sums[..., :-1] / torch.where(mass > noise, mass, 1), 0)
 
+    def _tiled(self, call: Call, mask: Any, query: Tensor, key: Tensor, value: Tensor, dense: bool) -> Tensor:
+        """(B,H,N,D+1) masked sums of values (B,H,M,D+1), tile by tile; of a Toeplitz mask by the kernel that can."""
+
+        def plain() -> Tensor:
+            return structural.tiled(structural.weigh_linear, mask, query, key, value, call.is_causal, dense)
+
+        if self.options.mask_type not in TABLES:
+            return plain()
+        inner, prefix = (mask.inner, mask.prefix) if isinstance(mask, structural.PrefixedMask) else (mask, 0)
+        request = toeplitz.Request(query, key, value, inner.kernel, inner.queries[1], prefix, call.is_causal, plain)
+        return toeplitz.toeplitz_attention(request)
+
+    def _decayed(self, call: Call) -> Tensor:
+        """The chunked form of "decay"."""
+        (query, key), value, rate = self.log_features(call), call.value, self.rate(call)
+
+        def plain() -> Tensor:
+            return structural.decay_attention(query, key, value, call.is_causal, rate, call.key_padding_mask)
+
+        if not call.is_causal:
+            return plain()
+        return causal_feature_attention(query, key, value, call.key_padding_mask, rate=rate, plain=plain)
+
     def recurrent(self, call: Call, state: State | None) -> tuple[Tensor, State]:
         if self.options.mask_type == "none":
-            return self._unmasked(call, state)
+            return causal_linear_attention(*self._floored(call), call.value, call.key_padding_mask, state)
         (log_query, log_key), rest = self.log_features(call), (self.rate(call), call.key_padding_mask, state)
         out = structural.decay_attention(log_query, log_key, call.value, True, *rest)
         return out, structural.decay_state(log_key, call.value, *rest)
 
-    def _unmasked(self, call: Call, state: State | None) -> tuple[Tensor, State]:
-        """Linear attention; the floor is one more feature: 1 for queries, the floor for keys."""
+    def _floored(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Log features; the floor is one more feature: 1 for queries, the floor for keys."""
         log_query, log_key = self.log_features(call)
         if self.floor:
             log_query = functional.pad(log_query, (0, 1))
             log_key = functional.pad(log_key, (0, 1), value=math.log(self.floor))
-        if call.is_causal:
-            return causal_linear_attention(log_query, log_key, call.value, call.key_padding_mask, state)
-        return linear_attention(log_query, log_key, call.value, call.key_padding_mask), {}
+        return log_query, log_key
 
     def mask(self, call: Call) -> Any:
         """The mask of a call, not built."""

@@ -38,6 +38,7 @@ from hf_attn.errors import InvalidInput, Unsupported
 from hf_attn.models.aa_resnet_config import AAResNetConfig
 from hf_attn.models.aa_resnet_stats import aa_resnet_stats, config_stats
 from hf_attn.models.augmented_conv import AugmentedConv2d
+from hf_attn.models.saving import SavedModelMixin
 
 __all__ = [
     "AAResNetBackbone", "AAResNetConfig", "AAResNetForImageClassification", "AAResNetModel", "AAResNetPreTrainedModel",
@@ -185,7 +186,7 @@ def _embeddings(config: AAResNetConfig) -> nn.Module:
     return _WideEmbeddings(config) if config.layer_type == "wide" else ResNetEmbeddings(config)
 
 
-class AAResNetPreTrainedModel(ResNetPreTrainedModel):
+class AAResNetPreTrainedModel(SavedModelMixin, ResNetPreTrainedModel):
     """Loading, saving and initialisation of AA-ResNets."""
 
     config_class = AAResNetConfig

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from transformers.models.resnet.configuration_resnet import ResNetConfig
 
 from hf_attn.errors import InvalidOption
+from hf_attn.models.configuration import StoredConfigMixin
 
 DEPTHS = {
     34: ("basic", (3, 4, 6, 3), (64, 128, 256, 512)),
@@ -19,7 +20,7 @@ DEPTHS = {
 """Depth -> layer type, blocks a stage, channels a stage."""
 
 
-class AAResNetConfig(ResNetConfig):
+class AAResNetConfig(StoredConfigMixin, ResNetConfig):
     """`transformers.ResNetConfig` with augmented convolutions; the defaults are AA-ResNet-50 for 224 pixels.
 
     The first 3 x 3 convolution of every block in `attention_stages` is an `AugmentedConv2d`, unless `upsilon` is 0.
@@ -125,12 +126,11 @@ class AAResNetConfig(ResNetConfig):
 
 @functools.cache
 def register_aa_resnet() -> type[AAResNetConfig]:
-    """Let the Auto classes know AA-ResNets; their config class."""
-    from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+    """Let the Auto classes of models know AA-ResNets; their config class. AutoConfig knows it by `announce_own`."""
+    from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification
 
     image_processing_auto = importlib.import_module("transformers.models.auto.image_processing_auto")
     models = importlib.import_module("hf_attn.models.aa_resnet")
-    AutoConfig.register(AAResNetConfig.model_type, AAResNetConfig, exist_ok=True)
     for auto, model in (
         (AutoModel, models.AAResNetModel),
         (AutoModelForImageClassification, models.AAResNetForImageClassification),

@@ -26,13 +26,6 @@ STATIC = {"bert": "bert", "vit": "vit", "gpt2": "gpt2"}
 GENERATED = ("roberta", "distilbert", "deit", "llama", "qwen2", "qwen3", "modernbert")
 """Further model types whose converted checkpoints load in a fresh process; any other after `register_family`."""
 
-OWN = {
-    "gau": ("hf_attn.models.gau_config", "GauConfig"),
-    "aa_resnet": ("hf_attn.models.aa_resnet_config", "AAResNetConfig"),
-    "howm": ("hf_attn.models.world_model_config", "WorldModelConfig"),
-}
-"""Model types with a config class of their own, and where it lives."""
-
 
 VERSION = "hf_attn_version"
 """Field of a published config.json: the version of this package that wrote it."""
@@ -52,7 +45,38 @@ def warn_newer(published: Any, installed: str) -> None:
         )
 
 
-class AttnConfigMixin:
+class StoredConfigMixin:
+    """The part of a config of this package that reads config.json as a stranger's file, and writes no code beside it."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of a stored dict, without `auto_map`.
+
+        Raises:
+            InvalidOption: a field has a wrong type, or asks for more than any model has; nothing was built.
+        """
+        check_stored(config_dict)
+        published = config_dict.get(VERSION)
+        if cls.__module__.startswith("hf_attn."):
+            # the code beside a checkpoint is for machines without this package; saving again must not point at it
+            config_dict = {key: value for key, value in config_dict.items() if key not in ("auto_map", VERSION)}
+            if published is not None:
+                warn_newer(published, sys.modules[cls.__module__.partition(".")[0]].__version__)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except HfAttnError:
+            raise
+        except Exception as error:  # a stranger's config can go wrong in any place of the stock class
+            raise InvalidOption(f"config: {cls.__name__} cannot be made of it ({error}).") from error
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing for classes of the installed package, which need no code beside their checkpoints."""
+        if not cls.__module__.startswith("hf_attn."):
+            super().register_for_auto_class(auto_class)
+
+
+class AttnConfigMixin(StoredConfigMixin):
     """The part of a config that knows the mechanisms: `attention`, filled by attn_implementation and attention_options."""
 
     stock_class: type[PreTrainedConfig]
@@ -86,30 +110,15 @@ class AttnConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config of a stored dict, without `auto_map`.
+        """The config of a stored dict; warns of a mechanism in `kwargs` that the checkpoint must be trained with first."""
+        stored, asked = config_dict.get("attention"), kwargs.get("attn_implementation")
+        made = super().from_dict(config_dict, **kwargs)
+        if asked is not None:
+            from hf_attn.models.spec import warn_switch
 
-        Raises:
-            InvalidOption: a field has a wrong type, or asks for more than any model has; nothing was built.
-        """
-        check_stored(config_dict)
-        published = config_dict.get(VERSION)
-        if cls.__module__.startswith("hf_attn."):
-            # the code beside a checkpoint is for machines without this package; saving again must not point at it
-            config_dict = {key: value for key, value in config_dict.items() if key not in ("auto_map", VERSION)}
-            if published is not None:
-                warn_newer(published, sys.modules[cls.__module__.partition(".")[0]].__version__)
-        try:
-            return super().from_dict(config_dict, **kwargs)
-        except HfAttnError:
-            raise
-        except Exception as error:  # a stranger's config can go wrong in any place of the stock class
-            raise InvalidOption(f"config: {cls.__name__} cannot be made of it ({error}).") from error
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Nothing for classes of the installed package, which need no code beside their checkpoints."""
-        if not cls.__module__.startswith("hf_attn."):
-            super().register_for_auto_class(auto_class)
+            config = made[0] if isinstance(made, tuple) else made
+            warn_switch(None if stored is None else cls._canonical(stored), config.attention)
+        return made
 
     @property
     def _attn_implementation(self) -> str | None:
@@ -187,16 +196,6 @@ def register_family(model_type: str) -> type[PreTrainedConfig]:
 def announce_family(model_type: str) -> None:
     """`register_family`, put off until a checkpoint of the family is loaded."""
     announce(f"attn_{model_type}", functools.partial(register_family, model_type))
-
-
-def announce_own() -> None:
-    """The families that stand in for no stock class, put off like the others."""
-    for model_type, (home, name) in OWN.items():
-
-        def load(home: str = home, name: str = name) -> type[PreTrainedConfig]:
-            return getattr(importlib.import_module(home), name)
-
-        announce(model_type, load)
 
 
 def announce(model_type: str, load: Callable[[], type[PreTrainedConfig]]) -> None:

@@ -18,14 +18,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import output_capturing
 
-from hf_attn.errors import InvalidInput, Unsupported
+from hf_attn.errors import Unsupported
 from hf_attn.models.configuration import STATIC, AttnConfigMixin, attn_config, attn_config_class, register_family
-from hf_attn.models.spec import Spec, canonical
+from hf_attn.models.saving import SavedModelMixin
+from hf_attn.models.spec import Spec, canonical, warn_switch
 from hf_attn.models.wrapping import attach, token_grid
 from hf_attn.module import AttentionModule
 
 
-class AttnModelMixin:
+class AttnModelMixin(SavedModelMixin):
     """The part of a model that carries mechanisms; the stock class stands behind it in the method resolution order."""
 
     stock_class: type[PreTrainedModel]
@@ -43,11 +44,6 @@ class AttnModelMixin:
         adopt(self)
         config.attention = attach(self, config.attention)
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """False: our initialisers leave loaded tensors alone, so transformers need not skip whole modules."""
-        return False
-
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, AttentionModule):
             # transformers calls this for parameters that a checkpoint lacks
@@ -63,69 +59,6 @@ class AttnModelMixin:
         """
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str | None = None,
-    ) -> Any:
-        """Publish the model with every check of `hf_attn.hub.publish`, in one commit that is verified afterwards.
-
-        Args:
-            repo_id: `owner/name`.
-            commit_message: title of the commit.
-            private: visibility of a new repository.
-            token: None or True; a token in an argument ends up in logs, so it comes from HF_TOKEN or `hf auth login`.
-            revision: branch.
-            create_pr: open a pull request instead.
-            max_shard_size: largest weight file, such as "5GB".
-
-        Returns:
-            The commit, as transformers returns it.
-        """
-        if token not in (None, True):
-            raise InvalidInput(
-                "push_to_hub takes no token as an argument. Set HF_TOKEN, or log in with `hf auth login`."
-            )
-        from huggingface_hub import CommitInfo
-
-        # a model must not depend on the hub tools, and its copy in a checkpoint comes without them
-        try:
-            upload = importlib.import_module("hf_attn.hub.upload")
-        except ModuleNotFoundError as error:
-            raise Unsupported(
-                f"push_to_hub, {type(self).__name__}",
-                "the checks before an upload are part of the package hf_attn, which is not installed",
-                "Install it, or save the model and run `hf-attn publish` where it is",
-            ) from error
-        done = upload.publish(
-            self,
-            repo_id,
-            private=private,
-            revision=revision or "main",
-            create_pr=create_pr,
-            message=commit_message or "Publish with hf_attn",
-            max_shard_size=max_shard_size,
-        )
-        return CommitInfo(
-            commit_url=done.url,
-            commit_message=commit_message or "Publish with hf_attn",
-            commit_description="",
-            oid=done.commit,
-            pr_url=done.pull_request,
-        )
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing for classes of the installed package, which need no code beside their checkpoints."""
-        if not cls.__module__.startswith("hf_attn."):
-            super().register_for_auto_class(auto_class)
-
     def set_attn_implementation(
         self,
         attn_implementation: str | dict[str, Any],
@@ -140,6 +73,7 @@ class AttnModelMixin:
             attention_options: options of the default mechanism.
         """
         spec = attach(self, canonical(attn_implementation, attention_options), pretrained=True)
+        warn_switch(self.config.attention, spec)
         self.config.attention = spec
         self.config._attn_implementation_internal = spec["default"]["name"]
 
@@ -268,7 +202,8 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
 def convert(model: PreTrainedModel, attention: str | dict[str, Any], **options: Any) -> PreTrainedModel:
     """Give a loaded model other attention mechanisms, in place.
 
-    The model's own weights stay; the mechanisms' parameters start at their documented values. `save_pretrained` and
+    The model's own weights stay; the mechanisms' parameters start at their documented values. A warning names those
+    that are of no use to a model pretrained with softmax before they were trained with it. `save_pretrained` and
     `from_pretrained` (of the Auto classes, or `type(model)`) keep the choice.
 
     Args:
@@ -296,6 +231,7 @@ def convert(model: PreTrainedModel, attention: str | dict[str, Any], **options: 
             "Convert one of its sub-models instead",
         )
     spec = attach(model, canonical(attention, options), pretrained=True)
+    warn_switch(model.config.attention if isinstance(model.config, AttnConfigMixin) else None, spec)
     adopt_model(model, spec)
     return model
 

@@ -30,6 +30,7 @@ from hf_attn.models.gau_config import GauConfig
 from hf_attn.models.gau_layers import GatedUnit, RootMeanSquareNorm, UnitState, make_norm
 from hf_attn.models.gau_mixed_chunk import FlashGatedAttentionUnit, MixedChunkState
 from hf_attn.models.gau_quadratic import GatedAttentionUnit, QuadraticState
+from hf_attn.models.saving import SavedModelMixin
 from hf_attn.module import AttentionModule
 
 HEADS = {
@@ -78,7 +79,7 @@ class UnitLayer(StateLayer):
         return sum(sizes)
 
 
-class GauPreTrainedModel(PreTrainedModel):
+class GauPreTrainedModel(SavedModelMixin, PreTrainedModel):
     """What all models of the family share."""
 
     config_class = GauConfig
@@ -102,11 +103,6 @@ class GauPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Refused, but for "eager", which is what the units are."""
         self._refuse_implementation(attn_implementation)
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """False: our initialisers leave loaded tensors alone, so transformers need not skip whole modules."""
-        return False
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -344,14 +340,12 @@ def make_layer(config: GauConfig) -> nn.Module:
 
 @functools.cache
 def register_models() -> None:
-    """Register the family with the Auto classes."""
+    """Register the family with the Auto classes of models; AutoConfig knows it by `announce_own`."""
     from transformers import PreTrainedTokenizerFast
     from transformers.models.auto import modeling_auto, tokenization_auto
-    from transformers.models.auto.configuration_auto import AutoConfig
 
     from hf_attn.models import gau_heads
 
-    AutoConfig.register(GauConfig.model_type, GauConfig, exist_ok=True)
     modeling_auto.AutoModel.register(GauConfig, GauModel, exist_ok=True)
     for auto, head in HEADS.items():
         getattr(modeling_auto, auto).register(GauConfig, getattr(gau_heads, head), exist_ok=True)

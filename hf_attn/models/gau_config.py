@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from transformers.configuration_utils import PreTrainedConfig
 
 from hf_attn.errors import InvalidOption
+from hf_attn.models.configuration import StoredConfigMixin
 from hf_attn.options import Options
 
 TOEPLITZ_UP_TO = 512
@@ -136,7 +137,7 @@ _ONLY_UNITS = (
 _RENAMED = {"attention_dropout": "attention_probs_dropout_prob", "hidden_dropout": "hidden_dropout_prob"}
 
 
-class GauConfig(PreTrainedConfig):
+class GauConfig(StoredConfigMixin, PreTrainedConfig):
     """Config of the `gau` family: gated attention units (FLASH-Quad, FLASH) and the transformers they are compared with.
 
     | | `attention="quadratic"` | `attention="mixed_chunk"` |

@@ -201,15 +201,25 @@ class GatedUnit(GradientCheckpointingLayer):
             Unsupported: a call the unit does not define.
         """
         arguments = hidden_states, key_padding_mask, is_causal, past_state, use_cache
-        return self._run(self.attend, *arguments, rotation)
+        return self._run(self.gated, *arguments, rotation)
 
     def naive(self, hidden_states: Tensor, key_padding_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """The definition: the same result by an N x N table of weights."""
 
-        def attend(copies: Tensor, value: Tensor, real: Tensor | None, causal: bool, *rest: Any) -> tuple[Tensor, None]:
-            return self.weights(copies, real, causal) @ value, None
+        def gated(
+            copies: Tensor, value: Tensor, gate: Tensor, real: Tensor | None, causal: bool, *rest: Any
+        ) -> tuple[Tensor, None]:
+            return gate * (self.weights(copies, real, causal) @ value).to(gate.dtype), None
 
-        return self._run(attend, hidden_states, key_padding_mask, is_causal, None, False, None)
+        return self._run(gated, hidden_states, key_padding_mask, is_causal, None, False, None)
+
+    def gated(
+        self, copies: Tensor, value: Tensor, gate: Tensor, real: Tensor | None, causal: bool, past: Any, use_cache: bool
+    ) -> tuple[Tensor, Any]:
+        """`attend`, times the gate (B,N,e)."""
+        out, state = self.attend(copies, value, real, causal, past, use_cache)
+        out = out.to(gate.dtype)
+        return out.mul_(gate) if in_place(out) and in_place(gate) else gate * out, state
 
     def attend(
         self, copies: Tensor, value: Tensor, real: Tensor | None, causal: bool, past: Any, use_cache: bool
@@ -226,7 +236,7 @@ class GatedUnit(GradientCheckpointingLayer):
 
     def _run(
         self,
-        attend: Any,
+        gated: Any,
         x: Tensor,
         real: Tensor | None,
         causal: bool,
@@ -243,9 +253,8 @@ class GatedUnit(GradientCheckpointingLayer):
         # scores over hundreds of tokens vanish in half precision, and sums over tokens lose their last terms
         with torch.autocast(x.device.type, enabled=False):
             copies = self._copies(z.to(exact), first, rotation)
-            out, state = attend(copies, value.to(exact), real, causal, past, use_cache)
-        out = out.to(gate.dtype)
-        out = linear(self.out_proj, out.mul_(gate) if in_place(out) and in_place(gate) else gate * out)
+            out, state = gated(copies, value.to(exact), gate, real, causal, past, use_cache)
+        out = linear(self.out_proj, out)
         y = x + functional.dropout(out, self.options.hidden_dropout, self.training)
         if self.options.norm_position == "post":
             y = self.norm(y)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_attn.errors import Unsupported
+from hf_attn.kernels.mixed_chunk import Request, mixed_chunk_attention
 from hf_attn.masks import causal_order
 from hf_attn.mechanisms.gau import laplace, relu2, toeplitz
 from hf_attn.models.gau_config import MixedChunkUnitOptions
@@ -125,6 +126,23 @@ class FlashGatedAttentionUnit(GatedUnit):
         return weights.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
     # -- the efficient form ----------------------------------------------------------------------------------------
+
+    def gated(
+        self, copies: Tensor, value: Tensor, gate: Tensor, real: Tensor | None, causal: bool, past: Any, use_cache: bool
+    ) -> tuple[Tensor, MixedChunkState | None]:
+        """Whole sequences by the kernel that can run them; decoding in torch."""
+        plain = super().gated
+        if use_cache or past is not None:
+            return plain(copies, value, gate, real, causal, past, use_cache)
+        o, (query, key, linear_query, linear_key) = self.options, copies[:, :, None]
+        request = Request(
+            query, key, linear_query, linear_key, value[:, None], gate[:, None],
+            self.rel_bias.to(value.dtype)[None] if o.rel_pos_bias == "toeplitz" else None,
+            real, causal, o.chunk_size, o.attention_fn, 1 / o.chunk_size, o.linear_norm == "mean",
+            o.attention_dropout if self.training else 0.0,
+            lambda: plain(copies, value, gate, real, causal, None, False)[0][:, None],
+        )  # fmt: skip
+        return mixed_chunk_attention(request)[:, 0], None
 
     def attend(
         self, copies: Tensor, value: Tensor, real: Tensor | None, causal: bool, past: Any, use_cache: bool

@@ -21,13 +21,16 @@ SIZES = {
     "num_attention_heads": 1 << 12, "n_head": 1 << 12, "n_heads": 1 << 12, "num_key_value_heads": 1 << 12,
     "head_dim": 1 << 14, "vocab_size": 1 << 24, "max_position_embeddings": 1 << 24, "n_positions": 1 << 24,
     "type_vocab_size": 1 << 16, "num_channels": 1 << 12, "image_size": 1 << 15, "patch_size": 1 << 12,
-    "num_labels": 1 << 20, "encoder_stride": 1 << 12,
+    "num_labels": 1 << 20, "encoder_stride": 1 << 12, "hidden_sizes": 1 << 16, "depths": 1 << 10, "expansion": 1 << 8,
+    "query_key_dim": 1 << 14, "chunk_size": 1 << 20, "min_head_key_dim": 1 << 14,
 }  # fmt: skip
 """Field of a config -> the largest value it may have."""
 PARAMETERS = 10**12
 OPTION = 1 << 24
 MEMORY = 4 << 30
 """Bytes that all mechanisms of a model may take, or four times the model itself where that is more."""
+_LISTS = ("image_size", "patch_size", "hidden_sizes", "depths")
+"""Fields that may be a list of sizes."""
 _DEPTH, _ENTRIES, _TEXT = 12, 1_000_000, 1 << 20
 
 
@@ -54,10 +57,12 @@ def parameters(stored: dict[str, Any]) -> float:
         return float(found[0]) if found else default
 
     hidden = size("hidden_size", "n_embd", "dim")
-    inner = size("intermediate_size", "n_inner", "hidden_dim", default=4 * hidden)
+    inner = size("intermediate_size", "n_inner", "hidden_dim", default=size("expansion", default=4) * hidden)
     layers = size("num_hidden_layers", "n_layer", "n_layers")
     rows = size("vocab_size") + size("max_position_embeddings", "n_positions") + size("num_labels")
-    return rows * hidden + layers * (4 * hidden * hidden + 2 * hidden * inner)
+    lists = [value if isinstance(value := stored.get(name), list) else [] for name in ("hidden_sizes", "depths")]
+    stages = sum(2.0 * depth * width * width for width, depth in zip(*lists))
+    return rows * hidden + layers * (4 * hidden * hidden + 2 * hidden * inner) + stages
 
 
 def check_attention(attention: Any) -> None:
@@ -91,7 +96,9 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _check_size(name: str, value: Any, most: int) -> None:
-    values = value if isinstance(value, (list, tuple)) and name in ("image_size", "patch_size") else [value]
+    values = value if isinstance(value, (list, tuple)) and name in _LISTS else [value]
+    if len(values) > 64:
+        raise InvalidOption(f"config: {name} is a list of {len(values)} sizes, more than any model has.")
     for number in values:
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= most:
             raise InvalidOption(f"config: {name}={str(value)[:60]} must be an integer from 0 to {most}.")

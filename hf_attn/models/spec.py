@@ -76,6 +76,13 @@ def per_layer(spec: Spec, num_layers: int) -> list[dict[str, Any]]:
     return [layers[i][1] if i in layers else spec["default"] for i in range(num_layers)]
 
 
+def warn_switch(before: Spec | None, after: Spec) -> None:
+    """Warn of mechanisms that a trained model gets, and must be trained with; `before` None: softmax everywhere."""
+    had = {entry["name"] for entry in (before or {}).values()}
+    for name in sorted({entry["name"] for entry in after.values()} - had):
+        get_mechanism(name).module_class.warn_untrained()
+
+
 def _entry(value: Any, options: dict[str, Any] | None) -> dict[str, Any]:
     """One mechanism with its options, from a name or a dict."""
     if isinstance(value, str):

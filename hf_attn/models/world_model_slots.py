@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from hf_attn.errors import InvalidInput
+from hf_attn.models.saving import SavedModelMixin
 from hf_attn.models.world_model_config import WorldModelConfig
 from hf_attn.models.world_model_layers import SlotAttention
 
@@ -47,7 +48,7 @@ class SlotAttentionOutput(ModelOutput):
     masks: Tensor | None = None
 
 
-class WorldModelPreTrainedModel(PreTrainedModel):
+class WorldModelPreTrainedModel(SavedModelMixin, PreTrainedModel):
     """Loading, saving and initialisation of world models and of their vision."""
 
     config_class = WorldModelConfig

@@ -1,6 +1,9 @@
 """The configuration of a recipe: one flat YAML file, read by HfArgumentParser into three dataclasses.
 
 Every field of `transformers.TrainingArguments` can be set. What is wrong is refused before any work is done.
+
+A file may serve several mechanisms: what `mechanisms` lists under the chosen one comes on top of the rest of the file,
+and `{mechanism}` in output_dir stands for its name.
 """
 
 from __future__ import annotations
@@ -25,9 +28,8 @@ if TYPE_CHECKING:
 
 REFUSED = {
     "hub_token": "Trainer would pickle it into training_args.bin. Log in with `hf auth login`, or set HF_TOKEN",
-    "push_to_hub": "Trainer would upload its pickled arguments, too. The recipe packs a clean folder and prints the command that uploads it",
 }
-"""Fields of TrainingArguments that would leak a secret or upload pickles, and what to do instead."""
+"""Fields of TrainingArguments that would leak a secret, and what to do instead."""
 
 
 @dataclass
@@ -38,8 +40,11 @@ class ModelArguments:
     model: str = field(
         default="", metadata={"help": "A pretrained checkpoint (folder or Hub name), in place of family."}
     )
-    attn_implementation: str = field(
-        default="", metadata={"help": "A registered mechanism. Empty: softmax, or what the checkpoint has."}
+    attn_implementation: str | dict[str, Any] = field(
+        default="",
+        metadata={
+            "help": "A registered mechanism, or a dict from layers to mechanisms. Empty: softmax, or what the checkpoint has."
+        },
     )
     attention_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Options of the mechanism."})
     config: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of the family's config class."})
@@ -76,6 +81,10 @@ class DataArguments:
     mask_probability: float | None = field(
         default=None, metadata={"help": "Share of tokens (0.15) or image patches (0.6) that a masked task hides."}
     )
+    eval_task: str = field(
+        default="",
+        metadata={"help": "Which task of a data set on the Hub the results are filed under. Empty: its configuration."},
+    )
     samples: int = field(default=4, metadata={"help": "Predictions shown at the end of a run."})
     notes: str = field(default="", metadata={"help": "What a reader of the results must know; the card prints it."})
 
@@ -104,11 +113,13 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[
     Raises:
         InvalidInput: a path does not exist or cannot be used.
         InvalidOption: an unknown key, or a value of the wrong type.
+        UnknownMechanism: `mechanisms` lists one that is not registered.
     """
     from transformers import HfArgumentParser, TrainingArguments
 
     path = "the recipe" if isinstance(source, Mapping) else source
     values = dict(source) if isinstance(source, Mapping) else _load(Path(source))
+    values = for_mechanism(values, (overrides or {}).get("attn_implementation"))
     for key, value in (overrides or {}).items():
         _set(values, key, value)
     kinds = (ModelArguments, DataArguments, TrainingArguments)
@@ -134,7 +145,36 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[
         model, data, training = HfArgumentParser(typing.cast(Any, kinds)).parse_dict({**values, **forced})
     except (TypeError, ValueError) as error:
         raise InvalidOption(f"{path}: transformers refuses the training arguments: {error}") from error
+    if training.push_to_hub:
+        from hf_attn.hub.trainer import check_push
+
+        check_push(training)
     return Recipe(name=output.name, output=output, model=model, data=data, training=training, given=values)
+
+
+def for_mechanism(values: dict[str, Any], name: str | None = None) -> dict[str, Any]:
+    """`values` of a file as they are for one mechanism: its entry of `mechanisms` on top, its name in output_dir.
+
+    Args:
+        values: of the file.
+        name: of the mechanism; the file's attn_implementation by default.
+    """
+    from hf_attn import get_mechanism
+
+    values = dict(values)
+    table, name = values.pop("mechanisms", {}), name or values.get("attn_implementation") or "softmax"
+    if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
+        raise InvalidOption(f"mechanisms must map names to keys and values, as `lara: {{}}`; it is {table!r}.")
+    for listed, entry in table.items():
+        get_mechanism(listed)
+        if "attn_implementation" in entry:
+            raise InvalidOption(f"mechanisms: {listed} must not set attn_implementation: the entry is for {listed}.")
+    # a choice by layer has no entry of its own
+    for key, value in (table.get(name, {}) if isinstance(name, str) else {}).items():
+        _set(values, key, value)
+    if isinstance(values.get("output_dir"), str):
+        values["output_dir"] = values["output_dir"].replace("{mechanism}", str(name))
+    return values
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:

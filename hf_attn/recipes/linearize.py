@@ -91,6 +91,8 @@ class LinearizeOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise InvalidOption(f"linearize: {name}={value!r} must be a number of at least 0.")
+        if not isinstance(self.train_projections, bool):
+            raise InvalidOption(f"linearize: train_projections={self.train_projections!r} must be true or false.")
 
 
 def linearize(

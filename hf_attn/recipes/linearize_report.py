@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_attn.analysis.fidelity_report import Report, markdown, number
@@ -61,6 +63,12 @@ class LinearizeResult:
                     numbers += [found.top1, found.divergence]
                 rows.append([name, str(entry.length), *map(number, numbers)])
         return markdown(rows)
+
+    def save(self, folder: Path) -> None:
+        """Write `linearize.json`, `linearize.md` and `linearize.png` into `folder`."""
+        (folder / "linearize.json").write_text(json.dumps(self.facts(), indent=1) + "\n", encoding="utf-8")
+        (folder / "linearize.md").write_text(f"{self}\n", encoding="utf-8")
+        self.draw(folder / "linearize.png")
 
     def draw(self, path: str | os.PathLike[str]) -> None:
         """Draw losses and fidelity as a PNG.

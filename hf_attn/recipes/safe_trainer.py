@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hf_attn.errors import Unsupported
+from hf_attn.hub.trainer import PublishingTrainer
 from hf_attn.recipes.checkpoints import (
     PARTIAL,
     STATE,
@@ -38,17 +39,15 @@ from hf_attn.recipes.checkpoints import (
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit status after SIGTERM, as a shell reports it."""
-REFUSED = {
-    "push_to_hub": "a checkpoint would be uploaded from a folder that is renamed meanwhile. Publish the saved model",
-    "enable_jit_checkpoint": "SIGTERM saves at the end of the step here. Leave it out",
-}
 
 
-class SafeTrainer(Trainer):
+class SafeTrainer(PublishingTrainer):
     """transformers' Trainer with checkpoints that are whole, resumed bit for bit, and saved on SIGTERM.
 
+    It pushes to the Hub as `PublishingTrainer` does, after the checkpoint is in its place.
+
     Raises, besides what Trainer raises:
-        Unsupported: `push_to_hub` or `enable_jit_checkpoint` is set.
+        Unsupported: `enable_jit_checkpoint` is set.
         BrokenCheckpoint: the checkpoint to resume from, or the best one, is not what was saved.
         CheckpointNotSaved: the disk is full, or a file could not be written. Earlier checkpoints are untouched.
         SystemExit: SIGTERM came during `train`; a checkpoint was saved, and the status is 143.
@@ -57,9 +56,10 @@ class SafeTrainer(Trainer):
     def __init__(
         self, model: PreTrainedModel | None = None, args: TrainingArguments | None = None, **kwargs: Any
     ) -> None:
-        for name, reason in REFUSED.items():
-            if getattr(args, name, False):
-                raise Unsupported("SafeTrainer", f"{name}=True is refused: {reason}", f"Set {name}=False")
+        if getattr(args, "enable_jit_checkpoint", False):
+            raise Unsupported(
+                "SafeTrainer", "enable_jit_checkpoint=True: SIGTERM saves at the end of the step here", "Leave it out"
+            )
         super().__init__(model, args, **kwargs)
         self._saving = False
         self._asked_to_stop = False
@@ -153,7 +153,14 @@ class SafeTrainer(Trainer):
             self._saving = False
             if self.args.should_save:
                 shutil.rmtree(run / PARTIAL, ignore_errors=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer asks for it while the checkpoint is not in its place yet
+        if not self._saving:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:

@@ -92,6 +92,12 @@ def last_attention(model: PreTrainedModel, role: str) -> Any:
                 "it has no N x N weights whose rows are distributions",
                 "Use a mechanism with such weights, such as softmax",
             )
+        if role == "student" and capabilities.random:
+            raise Unsupported(
+                f"{name}, {module.mechanism.name}",
+                "it may draw anew in training, and its map would be of another draw than its output",
+                "Use a mechanism without random draws, such as softmax",
+            )
     elif role == "student" and (dropout := getattr(module, "attention_dropout", 0.0)):
         raise Unsupported(
             name,

@@ -10,15 +10,18 @@ writes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import re
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_attn.errors import InvalidOption, Unsupported
+from hf_attn.errors import InvalidOption, PublishFailed, Unsupported
 from hf_attn.recipes.arguments import Recipe, read
 from hf_attn.recipes.curve import draw_curve
 from hf_attn.recipes.data import Source, first_examples
@@ -31,14 +34,13 @@ from hf_attn.recipes.tasks import Setting, Task, longest, task_named
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
+    from hf_attn.hub.card import Evaluation
     from hf_attn.hub.pack import Plan
+    from hf_attn.hub.upload import Published
     from hf_attn.recipes.language import Sample
 
 __all__ = ["ReloadMismatch", "TrainResult", "check_model", "check_reload", "make_trainer", "prepare", "train"]
 CURVE = "training_curve.png"
-NOT_PACKED = (
-    "Not packed for the Hub: hf_attn.hub packs models with a mechanism of hf_attn in a family of transformers only."
-)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class TrainResult:
         metrics: the task's metrics and the loss on the validation and test splits.
         reload_difference: largest difference of test outputs, trained against reloaded; always 0.
         seconds: wall time of the run.
-        plan: the folder packed for the Hub; None for a family that hf_attn.hub cannot pack, such as gau.
+        plan: the folder packed for the Hub.
+        published: where it is, with push_to_hub.
         auto_class: what the model was reloaded through.
         samples: predictions for the first test examples.
     """
@@ -59,7 +62,8 @@ class TrainResult:
     metrics: dict[str, float]
     reload_difference: float
     seconds: float
-    plan: Plan | None
+    plan: Plan
+    published: Published | None
     auto_class: str
     samples: tuple[Sample, ...]
 
@@ -71,7 +75,7 @@ class TrainResult:
         )
         return (
             f"{shown}{numbers}\nreloaded through {self.auto_class}: largest difference of the test outputs "
-            f"{self.reload_difference:g}\n{self.seconds:.0f} s, saved in {self.model_dir}\n\n{self.plan or NOT_PACKED}"
+            f"{self.reload_difference:g}\n{self.seconds:.0f} s, saved in {self.model_dir}\n\n{self.published or self.plan}"
         )
 
 
@@ -111,15 +115,17 @@ def train(
     Raises:
         InvalidOption, InvalidInput, Unsupported, UnknownMechanism: something in the configuration; nothing was trained.
         ReloadMismatch: the saved model is not the trained one.
+        PublishFailed: with push_to_hub; the trained model is saved and packed.
     """
     from hf_attn.hub.probe import write_probe
-    from hf_attn.models.configuration import AttnConfigMixin
 
     started = time.perf_counter()
     recipe = read(config, overrides)
     prepared = prepare(recipe)
     trainer = make_trainer(recipe, prepared)
-    trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    # a failed push was warned about, and the end of this run publishes again
+    with contextlib.suppress(PublishFailed):
+        trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
     metrics = measure(trainer, prepared)
     weights = trainer.accelerator.get_state_dict(trainer.model)
     if not trainer.is_world_process_zero():
@@ -129,6 +135,7 @@ def train(
     folder = recipe.output / "model"
     # the card says that the model reloads to the same numbers, so an earlier run's must not outlive a failed check
     (folder / "README.md").unlink(missing_ok=True)
+    shutil.rmtree(folder / ".eval_results", ignore_errors=True)
     trained.save_pretrained(folder)
     prepared.setting.processor.save_pretrained(folder)
     write_probe(trained, folder)
@@ -145,9 +152,10 @@ def train(
     )
     samples = tuple(prepared.task.show(trained.eval(), prepared.setting, prepared.raw["test"], prepared.data["test"]))
     write_card(folder, recipe, prepared, trained, metrics, samples)
-    plan = pack_run(recipe, folder) if isinstance(trained.config, AttnConfigMixin) else None
+    plan = pack_run(recipe, folder)
+    published = publish_run(recipe, plan) if recipe.training.push_to_hub else None
     seconds = time.perf_counter() - started
-    result = TrainResult(folder, metrics, difference, seconds, plan, prepared.task.auto_class, samples)
+    result = TrainResult(folder, metrics, difference, seconds, plan, published, prepared.task.auto_class, samples)
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -244,8 +252,8 @@ def write_card(
     metrics: dict[str, float],
     samples: tuple[Sample, ...],
 ) -> None:
-    """Write the model card, README.md."""
-    from hf_attn.hub.card import CardFacts, model_card
+    """Write the model card, README.md, and what `evaluations` finds into `.eval_results/`."""
+    from hf_attn.hub.card import CardFacts, eval_results, model_card
 
     sizes = {name: len(split) for name, split in prepared.data.items() if hasattr(split, "__len__")}
     facts = CardFacts(
@@ -262,11 +270,37 @@ def write_card(
         notes=recipe.data.notes,
         curve=CURVE,
         samples=samples,
+        evaluations=evaluations(recipe, prepared, metrics),
         base_model=without_folders(recipe.model.model),
         # a checkpoint's license goes on to what is made from it, and is not known here
         license=None if recipe.model.model else "apache-2.0",
     )
-    (folder / "README.md").write_text(str(model_card(facts)), encoding="utf-8")
+    texts = {"README.md": str(model_card(facts)), **eval_results(facts)}
+    for path, text in texts.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(text, encoding="utf-8")
+
+
+def evaluations(recipe: Recipe, prepared: Prepared, metrics: dict[str, float]) -> tuple[Evaluation, ...]:
+    """The main result, where it is one that others can compare with: the whole test split of a data set on the Hub."""
+    from hf_attn.hub.card import Evaluation
+
+    own = str(getattr(prepared.raw["test"], "split", None)) == "test"
+    if "/" not in prepared.source.name or not own or recipe.data.max_examples is not None:
+        return ()
+    options = recipe.data.dataset_options
+    revision = str(options.get("revision", ""))
+    metric = prepared.task.objective.names[0]
+    return (
+        Evaluation(
+            prepared.source.name,
+            recipe.data.eval_task or str(options.get("name", "default")),
+            metric,
+            metrics[f"test_{metric}"],
+            "test split",
+            revision if re.fullmatch("[0-9a-f]{40}", revision) else None,
+        ),
+    )
 
 
 def without_folders(value: Any) -> Any:
@@ -283,3 +317,22 @@ def pack_run(recipe: Recipe, folder: Path) -> Plan:
     from hf_attn.hub.pack import pack
 
     return pack(folder, folder.parent / "hub", recipe.training.hub_model_id or f"ORG/{recipe.name}")
+
+
+def publish_run(recipe: Recipe, plan: Plan) -> Published:
+    """Publish what was packed, as push_to_hub asks for."""
+    from hf_attn.hub.upload import publish
+
+    arguments = recipe.training
+    try:
+        return publish(
+            plan.folder, plan.repo_id, private=arguments.hub_private_repo, revision=arguments.hub_revision or "main"
+        )
+    except PublishFailed as error:
+        raise PublishFailed(
+            error.stage,
+            error.reason,
+            f"{error.state}. The trained model is in {plan.folder}",
+            f"{error.remedy}. To publish it without training again: {plan.command}",
+            error.status,
+        ) from error

@@ -202,7 +202,10 @@ def test_errors_are_one_line(arguments, message, run, tmp_path):
 def test_an_error_in_a_process_of_its_own():
     done = process("list", HF_ATTN_KERNELS="wrong")
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "error: the environment variable HF_ATTN_KERNELS is 'wrong'; it must be 'auto' or 'torch'.\n"
+    assert (
+        done.stderr
+        == "error: the environment variable HF_ATTN_KERNELS is 'wrong'; it must be 'auto', 'torch' or 'triton'.\n"
+    )
 
 
 @pytest.mark.parametrize(

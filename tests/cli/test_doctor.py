@@ -178,6 +178,29 @@ def test_kernels(monkeypatch):
     assert limited["math"] == dataclasses.replace(attention["math"])
 
 
+def test_triton_kernels_are_checked(monkeypatch):
+    if doctor.missing_triton() is not None:
+        pytest.skip(f"Triton kernels cannot run here: {doctor.missing_triton()}")
+    found = list(doctor.kernel_checks(CPU))
+    assert [check.mode.partition(" by ")[2] for check in found] == list(doctor.TRITON)
+    assert all(check.passed for check in found), "\n".join(map(str, found))
+
+    # a mechanism that does not take its kernel is found
+    monkeypatch.setattr(kernels, "setting", lambda environment: "torch")
+    found = list(doctor.kernel_checks(CPU))
+    assert not any(check.passed for check in found)
+    assert all("was not called" in str(check) for check in found)
+
+
+def test_active_kernels_are_named(monkeypatch):
+    found = {(kernel.operation, kernel.backend): kernel for kernel in doctor.all_kernels()}
+    assert found["attention", "math"].active and not found["ring_sums", "triton"].active
+    assert found["ring_sums", "tables"].active
+    monkeypatch.setenv("HF_ATTN_KERNELS", "triton")
+    found = {(kernel.operation, kernel.backend): kernel for kernel in doctor.all_kernels()}
+    assert found["ring_sums", "triton"].active == (doctor.missing_triton() is None)
+
+
 def test_why_a_kernel_cannot_run_is_printed():
     printed = " ".join(run("--device", "cpu").stdout.split())
     for kernel in doctor.all_kernels():

@@ -13,13 +13,12 @@ from hf_attn.hub.card import (
     Evaluation,
     Fidelity,
     Speed,
-    capability_rows,
     eval_results,
-    mechanisms_of,
     model_card,
     template_path,
 )
 from hf_attn.hub.card_check import check_card
+from hf_attn.hub.families import attention_of, capability_rows
 from hf_attn.recipes.data import DATASETS
 
 SIZES = {"image_size": 8, "patch_size": 2, "encoder_stride": 2, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}  # fmt: skip
@@ -71,14 +70,14 @@ def test_the_card_carries_the_registry_record(name):
     record = hf_attn.get_mechanism(name)
     options = record.example
     card = str(model_card(facts(name, options)))
-    (mechanism,) = mechanisms_of(facts(name, options).config)
+    (mechanism,) = attention_of(facts(name, options).config)
     assert record.equation in card and record.paper in card and record.title in card
     assert f"`{name}` attention in all layers" in card
-    for option, value in mechanism["options"]:
+    for option, value in mechanism.options:
         assert f"| `{option}` | {value} |" in card
-    for cell, value in mechanism["capabilities"]:
+    for cell, value in mechanism.capabilities:
         assert f"| {cell} | {value} |" in card
-    for mode in mechanism["derived"]:
+    for mode in mechanism.derived:
         assert mode in card
 
 
@@ -176,7 +175,7 @@ def test_results_on_hub_datasets_go_into_their_own_file_as_well():
     assert path == ".eval_results/someone__bench.yaml"
     (entry,) = yaml.safe_load(text)
     assert entry["dataset"] == {"id": "someone/bench", "task_id": "test"} and entry["value"] == 0.75
-    assert entry["notes"] == "zero-shot"
+    assert entry["notes"] == "accuracy, zero-shot"
 
 
 def test_a_base_model_in_a_local_folder_stays_out_of_the_metadata():

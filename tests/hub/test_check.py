@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import hf_attn
-from hf_attn.errors import HfAttnError, InvalidInput, Unsupported
+from hf_attn.errors import HfAttnError, InvalidInput
 from hf_attn.hub.check import check_folder, check_weights, listing, matches, read_json
 from hf_attn.hub.upload import publish
 
@@ -162,8 +161,9 @@ def test_links_out_of_the_folder_are_refused(folder, tmp_path):
         check(folder)
 
 
-def test_a_family_that_cannot_be_published_yet_says_so(tmp_path):
-    config = hf_attn.GauConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2)
-    hf_attn.GauModel(config).save_pretrained(tmp_path / "gau")
-    with pytest.raises(Unsupported, match="family of its own"):
-        publish(tmp_path / "gau", "someone/model", dry_run=True)
+@pytest.mark.parametrize("text", ["a: [", "- 3", "3", "- {dataset: {id: a/b}}", "- {dataset: {id: a/b, task_id: c}, value: .nan}"])  # fmt: skip
+def test_results_that_the_hub_could_not_read_are_refused(folder, text):
+    (folder / ".eval_results").mkdir()
+    (folder / ".eval_results" / "a.yaml").write_text(text)
+    with pytest.raises(InvalidInput, match=r".eval_results/a.yaml"):
+        check(folder)

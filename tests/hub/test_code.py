@@ -5,7 +5,9 @@ installed package nor this repository can help.
 """
 
 import json
+import os
 import re
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from small import ABSENT, BERT, process
+from small import ABSENT, BERT, VIT, bare_python, own_models, process
 
 import hf_attn
 from hf_attn.errors import InvalidInput, InvalidOption
@@ -54,7 +56,6 @@ def saved(model, folder: Path, code: str) -> tuple[str, str]:
     ).__name__ else auto
 
 
-VIT = {"image_size": 8, "patch_size": 2, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}  # fmt: skip
 GPT2 = {
     "vocab_size": 60,
     "n_embd": 16,
@@ -87,10 +88,10 @@ def other_models() -> dict[str, torch.nn.Module]:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Every mechanism, and two more families, as self-contained folders."""
+    """Every mechanism, two more families, and those with attention of their own, as self-contained folders."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("vendored")
-    models = {name: model_with(name) for name in hf_attn.list_mechanisms()} | other_models()
+    models = {name: model_with(name) for name in hf_attn.list_mechanisms()} | other_models() | own_models()
     return root, [saved(model, root / name, "vendored") for name, model in models.items()]
 
 
@@ -101,7 +102,8 @@ def test_vendored_checkpoints_run_without_the_package_and_compute_the_same(expor
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == len(folders)
     for (folder, _), (module, name, difference, present, same) in zip(folders, rows):
-        assert module.startswith("transformers_modules.") and name.startswith("Attn"), folder
+        architecture = json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
+        assert module.startswith("transformers_modules.") and name == architecture, folder
         assert not present and same, folder
         # weights read from a file lie at odd addresses, which changes the rounding of a matrix product
         assert difference < 1e-5, folder
@@ -117,6 +119,26 @@ def test_vendored_checkpoints_run_without_the_package_and_compute_the_same(expor
     assert all(json.loads(line)[2] < 1e-5 for line in done.stdout.splitlines())
 
 
+def test_vendored_checkpoints_run_in_an_environment_without_the_package(exported, tmp_path):
+    root, folders = exported
+    python = bare_python(tmp_path / "venv")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run([python, "-c", *words], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)  # fmt: skip
+
+    absent = run("import hf_attn")
+    assert absent.returncode == 1 and "No module named 'hf_attn'" in absent.stderr
+    some = [entry for entry in folders if Path(entry[0]).name in ("hypercube", "gau", "aa_resnet")]
+    done = run(LOAD, json.dumps(some))
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 3
+    for _, _, difference, present, same in rows:
+        assert difference < 1e-5 and not present and same
+
+
 def test_vendored_code_is_flat_and_holds_only_what_is_used(exported):
     root, folders = exported
     for folder, _ in folders:
@@ -130,6 +152,11 @@ def test_vendored_code_is_flat_and_holds_only_what_is_used(exported):
         assert len(others) > 8 and not [name for name in files if "recipes" in name or "hub" in name or "cli" in name]
     assert {path.name for path in (root / "rfa").glob("*.py")} >= {"modeling_hf_attn.py", "hf_attn_mechanisms_rfa.py"}
     assert not (root / "rfa" / "hf_attn_mechanisms_lara.py").exists()
+    # no family but its own
+    assert {path.name for path in (root / "rfa").glob("hf_attn_models_*.py")} == {
+        f"hf_attn_models_{name}.py"
+        for name in ("bert", "cache", "configuration", "family", "limits", "saving", "spec", "wrapping")
+    }
 
 
 def test_with_the_package_no_trust_is_needed_and_the_package_wins(exported):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from faults import REPO
+from helpers import text_checkpoint
 from small import ABSENT, BERT, process
 from transformers import AutoModel, AutoTokenizer
 from typer.testing import CliRunner
@@ -18,6 +19,8 @@ from hf_attn.errors import HfAttnError, InvalidInput, PublishFailed, Unsupported
 from hf_attn.hub import publish
 from hf_attn.hub.check import PROBE
 from hf_attn.hub.convert import convert_checkpoint
+from hf_attn.recipes.linearize import LinearizeOptions
+from hf_attn.recipes.linearize_run import LinearizePlan, read_plan
 
 SENTENCES = ["A cat sits on the mat.", "There is a cat on a rug in the sunshine today.", "Stock prices fell sharply."]
 
@@ -165,6 +168,65 @@ def test_the_command_converts_and_publishes(hub, stock, tmp_path, monkeypatch):
         app, ["convert", str(stock), "--to", "rfa", "-o", "num_features=8", "--output", str(tmp_path / "x")]
     )
     assert "0: rfa, 1: rfa" in plain.stdout and "bit for bit" in plain.stdout
+
+
+PLAN = "transfer_steps: 2\ndistill_steps: 2\nlengths: [8, 16]\nexamples: 2\ndata: data.txt\n"
+
+
+def test_one_command_converts_trains_measures_and_publishes(hub, tmp_path, monkeypatch):
+    source = text_checkpoint(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    words = ["convert", "source", "--to", "lara", "-o", "num_landmarks=4", "--output", "out", "--linearize", "plan.yaml", "--fidelity", "--publish", REPO, "--json"]  # fmt: skip
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["layers"] == ["lara", "lara"]
+    files = hub.files(REPO)
+    assert {"linearize.json", "linearize.png", "fidelity.json", "fidelity.png", "tokenizer.json"} <= files.keys()
+    report = json.loads(files["linearize.json"])
+    assert list(report["stages"]) == ["before", "after transfer", "after distillation"]
+    assert len(report["transfer_losses"]) == len(report["distill_losses"]) == 2
+    card = files["README.md"].decode()
+    assert "trained to compute what it had computed before" in card and "| `transfer_steps` | 2 |" in card
+    assert "| `lengths` | 8, 16 |" in card and "| `data` | data.txt |" in card and "embedding cosine, 16 tokens" in card
+    assert str(tmp_path) not in card
+    # --fidelity measures what was saved, on the texts that training left out
+    measured = json.loads(files["fidelity.json"])["lengths"]
+    after = report["stages"]["after distillation"]["lengths"]
+    assert [entry["embedding_cosine"] for entry in measured] == [entry["embedding_cosine"] for entry in after]
+    before = AutoModel.from_pretrained(source).state_dict()
+    loaded = AutoModel.from_pretrained(REPO).state_dict()
+    assert any(not torch.equal(loaded[name], tensor) for name, tensor in before.items() if "attention" in name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("transfer_step: 2", "did you mean 'transfer_steps'"),
+        ("seed: 2", "unknown key 'seed'"),
+        ("transfer_rate: fast", "transfer_rate='fast'"),
+        ("train_projections: 3", "train_projections=3"),
+        ("lengths: [8, 0]", "lengths=.* must be positive"),
+        ("examples: true", "examples=True must be positive"),
+        ("data: 3", "data=3 must be a text"),
+        ("- 3", "must hold keys and values"),
+        ("a: [", "is no readable YAML file"),
+        (None, "is no readable YAML file"),
+    ],
+)
+def test_a_wrong_plan_is_refused_before_the_source_is_read(text, message, tmp_path):
+    if text is not None:
+        (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(HfAttnError, match=message):
+        read_plan(tmp_path / "plan.yaml")
+    words = ["convert", "nowhere", "--to", "lara", "--output", str(tmp_path / "out"), "--linearize", str(tmp_path / "plan.yaml")]  # fmt: skip
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 1 and "error: " in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_the_plan_in_the_repository_is_the_defaults():
+    plan = read_plan(Path(__file__).parents[2] / "configs" / "linearize" / "two_stages.yaml")
+    assert plan == LinearizePlan(LinearizeOptions(), lengths=[64, 128, 256])
 
 
 # the real checkpoint: converted, published, loaded back in three ways, with identical embeddings

@@ -461,7 +461,7 @@ def test_an_import_that_fails_is_a_reason(machine):
 
 def test_torch_only(machine, monkeypatch):
     calls = machine("flash_attn")
-    monkeypatch.setattr(kernels, "_torch_only", True)
+    monkeypatch.setattr(kernels, "_setting", "torch")
     flash.attention(*half(N, N), scaling=SCALE)
     assert not calls
     flash.attention(*half(N, N), scaling=SCALE, backend="flash-attn-2")
@@ -472,7 +472,7 @@ def test_the_environment_variable():
     assert kernels.setting({}) == "auto"
     assert kernels.setting({"HF_ATTN_KERNELS": "torch"}) == "torch"
     with pytest.raises(InvalidOption, match="HF_ATTN_KERNELS"):
-        kernels.setting({"HF_ATTN_KERNELS": "triton"})
+        kernels.setting({"HF_ATTN_KERNELS": "cuda"})
 
 
 def test_no_backend_at_all():

@@ -15,7 +15,10 @@ pytest.importorskip("triton")
 from hf_attn.kernels import tiles
 from hf_attn.kernels.block_sparse import block_sparse_attention, transposed
 from hf_attn.kernels.causal_linear import causal_linear_attention
+from hf_attn.kernels.chunk_local import chunk_local_attention
 from hf_attn.kernels.key_bias import key_bias_attention
+from hf_attn.kernels.ring_window import ring_window_sums
+from hf_attn.kernels.toeplitz_mask import toeplitz_sums
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not tiles.INTERPRETED, reason="kernels are compiled for a GPU here")),
@@ -66,6 +69,43 @@ def define_causal_linear(query, key, value, directions, decay, real, scaling):
         logits = logits + decay[:, None, None] * distance
     visible = (distance >= 0).expand_as(logits)
     return softmax(logits, visible if real is None else visible & real[:, None, None], value)[:1]
+
+
+def define_chunk_local(query, key, value, linear, state, gate, bias, real, scaling, size, function, is_causal):
+    place = torch.arange(query.shape[2], device=query.device)
+    scores, distance = scaling * (query @ key.mT), place - place[:, None]
+    visible = (place // size)[:, None] == place // size
+    if bias is not None:
+        scores = scores + bias[:, distance.clamp(1 - size, size - 1) + size - 1]
+    if is_causal:
+        visible = visible & (distance <= 0)
+    if real is not None:
+        visible = visible & real[:, None, None]
+    shifted = (scores - 0.5**0.5) * (2 * torch.pi) ** 0.5
+    weights = scores.relu().square() if function == "relu2" else 0.5 * (1 + torch.erf(shifted))
+    across = (linear[:, :, :, None] @ state[:, :, place // size])[:, :, :, 0]
+    out = torch.where(visible, weights, 0) @ value + across
+    return (out if gate is None else gate * out,)
+
+
+def define_ring_window(query, key, value, alpha, rows, columns):
+    place = torch.arange(rows * columns, device=query.device)
+    row, column = place // columns, place % columns
+    ring = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs())
+    padded = torch.nn.functional.pad(alpha, (0, max(rows, columns) - alpha.shape[-1]))
+    weights = padded.gather(-1, ring.expand(*alpha.shape[:2], -1, -1)) * (query @ key.mT)
+    return weights @ value, weights.sum(dim=-1)
+
+
+def define_toeplitz(query, key, value, table, columns, prefix, is_causal):
+    n, m = (torch.arange(x.shape[2] - prefix, device=x.device) for x in (query, key))
+    down, right = (f(n)[:, None] - f(m) for f in (lambda x: x // columns, lambda x: x % columns))
+    mask = table[:, down + len(m) // columns - 1, right + columns - 1]
+    mask = torch.nn.functional.pad(mask, (prefix, 0, prefix, 0), value=1.0)
+    weights = mask * (query @ key.mT)
+    if is_causal:
+        weights = weights.tril(key.shape[2] - query.shape[2])
+    return weights @ value, weights.sum(dim=-1)
 
 
 def randn(*shape):
@@ -126,6 +166,35 @@ KERNELS = {
         },
         outputs=1,
     ),
+    "chunk_local": Kernel(
+        chunk_local_attention,
+        define_chunk_local,
+        {
+            "gated": lambda: (*(randn(2, 2, 50, n) for n in (20, 20, 72, 20)), randn(2, 2, 3, 20, 72), randn(2, 2, 50, 72), randn(2, 39), some(2, 50), 0.2, 20, "relu2", False),
+            "causal": lambda: (*(randn(1, 2, 50, n) for n in (16, 16, 24, 16)), randn(1, 2, 2, 16, 24), randn(1, 2, 50, 24), randn(2, 63), None, 0.3, 32, "laplace", True),
+            "large chunks": lambda: (*(randn(1, 2, 150, n) for n in (24, 24, 16, 24)), randn(1, 2, 2, 24, 16), None, None, some(1, 150), 0.1, 100, "relu2", True),
+        },
+        outputs=1,
+    ),
+    "ring_window": Kernel(
+        ring_window_sums,
+        define_ring_window,
+        {
+            "grid": lambda: (randn(2, 2, 99, 16).exp(), randn(2, 2, 99, 16).exp(), randn(2, 2, 99, 20), randn(2, 2, 99, 3), 9, 11),
+            "flat": lambda: (randn(1, 2, 70, 20), randn(1, 2, 70, 20), randn(1, 2, 70, 16), randn(1, 2, 70, 4), 2, 35),
+            "sequence": lambda: (randn(2, 1, 80, 24), randn(2, 1, 80, 24), randn(2, 1, 80, 33), randn(2, 1, 80, 1), 1, 80),
+        },
+    ),
+    "toeplitz": Kernel(
+        toeplitz_sums,
+        define_toeplitz,
+        {
+            "sequence": lambda: (randn(2, 2, 70, 16).exp(), randn(2, 2, 100, 16).exp(), randn(2, 2, 100, 20), randn(2, 169, 1), 1, 0, False),
+            "causal": lambda: (randn(1, 2, 70, 20), randn(1, 2, 90, 20), randn(1, 2, 90, 16), randn(2, 159, 1), 1, 0, True),
+            "grid": lambda: (randn(2, 1, 56, 16), randn(2, 1, 56, 16), randn(2, 1, 56, 16), randn(1, 9, 21), 11, 1, False),
+            "causal grid": lambda: (randn(1, 2, 68, 16), randn(1, 2, 68, 16), randn(1, 2, 68, 33), randn(2, 5, 43), 22, 2, True),
+        },
+    ),
 }  # fmt: skip
 CASES = [(name, case) for name, kernel in KERNELS.items() for case in kernel.cases]
 
@@ -143,9 +212,14 @@ def prepare(arguments, dtype, device, exact=False):
     return out
 
 
+def several(results):
+    """Operators with one result return it, the others a tuple."""
+    return (results,) if isinstance(results, torch.Tensor) else results
+
+
 def evaluate(function, arguments, outputs):
     """Results and gradients of a fixed function of them; infinite numbers of a result are compared as they are."""
-    results = function(*arguments)[:outputs]
+    results = several(function(*arguments))[:outputs]
     loss = 0.0
     for result in results:
         finite = torch.where(result.isinf(), 0, result).double()
@@ -207,7 +281,7 @@ def test_compiled_code_calls_the_kernel(name, device):
     kernel = KERNELS[name]
     arguments = prepare(next(iter(kernel.cases.values()))(), torch.float32, device)
     compiled = torch.compile(kernel.run, fullgraph=True, backend="eager")
-    for ours, theirs in zip(compiled(*arguments), kernel.run(*arguments)):
+    for ours, theirs in zip(several(compiled(*arguments)), several(kernel.run(*arguments))):
         assert torch.equal(ours, theirs)
 
 
@@ -222,7 +296,7 @@ def test_strided_inputs_give_the_same(name, device):
         for x in arguments
     ]
     assert not strided[0].is_contiguous()
-    for ours, theirs in zip(kernel.run(*strided), kernel.run(*arguments)):
+    for ours, theirs in zip(several(kernel.run(*strided)), several(kernel.run(*arguments))):
         assert torch.equal(ours, theirs)
 
 

@@ -271,6 +271,24 @@ def test_12_a_common_shift_of_the_logits_changes_nothing(mode):
 # -- the choice of blocks ----------------------------------------------------------------------------------------------
 
 
+def test_on_smooth_tokens_errors_fall_with_the_budget_and_the_coarse_part_helps():
+    time = torch.arange(256, dtype=torch.float64) / 256
+    waves = torch.randn(2, 1, 1, D, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    phases = 2 * torch.pi * torch.outer(time, torch.arange(1, 7, dtype=torch.float64))
+    q, k = (waves @ phases.sin().T / 2).transpose(3, 4).expand(2, B, H, 256, D)
+    v = tokens(256)[2]
+    exact = softmax(q, k, v)
+
+    def error(mode, number):
+        out = module(block_size=32, num_blocks=number, mode=mode)(q, k, v)
+        return ((out - exact).norm() / exact.norm()).item()
+
+    full, sparse = ([error(mode, number) for number in (8, 16, 24, 32, 48)] for mode in ("full", "sparse"))
+    for errors in (full, sparse):
+        assert errors == sorted(errors, reverse=True)
+    assert all(a < b for a, b in zip(full, sparse, strict=True)), (full, sparse)
+
+
 def test_among_equal_ranks_the_first_are_chosen():
     rank = torch.randint(0, 4, (5, 3, 40), generator=torch.Generator().manual_seed(4)).double()
     for number in (0, 1, 7, 39, 40):

@@ -127,6 +127,14 @@ def test_01_every_form_equals_the_definition(mask, features, form, monkeypatch):
             forms_agree(built, 14, masked=masked, num_prefix_tokens=2)
 
 
+@pytest.mark.parametrize("grid", [(3, 4), (1, 12), (4, 3), (5, 2)], ids=str)
+@pytest.mark.parametrize("form", ["dense", "tiled", "structured"])
+def test_01_every_grid_with_every_number_of_prefix_tokens(grid, form, monkeypatch):
+    built = module("grid", grid_size=grid, **use(monkeypatch, form))
+    for prefix in (0, 1, 2):
+        forms_agree(built, prefix + grid[0] * grid[1], num_prefix_tokens=prefix, masked=prefix > 0)
+
+
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("form", ["dense", "tiled", "structured"])
 def test_01_causal_and_cross_calls(features, form, monkeypatch):

@@ -230,3 +230,39 @@ def test_encoder_decoder_attention_refuses_positions_and_a_model_without_it_the_
         hf_attn.convert(bart(), "generalized")
     with pytest.raises(InvalidOption, match="'cross'.*no encoder-decoder attention"):
         hf_attn.convert(stock("bert"), {"default": "softmax", "cross": "rfa"})
+
+
+UNNORMALISED = ("relu2", "laplace", "softmax_plus", "mixed_chunk")
+
+
+@pytest.mark.parametrize("name", UNNORMALISED)
+def test_a_pretrained_model_is_said_to_need_training_after_the_switch(name, tmp_path):
+    told = pytest.warns(UserWarning, match=f"{name} .*needs training")
+    with told:
+        hf_attn.convert(stock("bert"), name)
+    model = hf_attn.convert(stock("bert"), "softmax")
+    model.save_pretrained(tmp_path / "ours")
+    with told:
+        model.set_attn_implementation({"default": "softmax", "1": name})
+    with told:
+        AutoModel.from_pretrained(tmp_path / "ours", attn_implementation=name)
+    stock("bert").save_pretrained(tmp_path / "stock")
+    with told:
+        hf_attn.AttnBertForMaskedLM.from_pretrained(tmp_path / "stock", attn_implementation=name)
+    with told:
+        # a shape of its own: a stock model's mechanism is made, and warned of, once for every shape
+        other = transformers.BertModel(transformers.BertConfig(**{**SIZE, "hidden_size": 8 * len(name), **TEXT}))
+        other.save_pretrained(tmp_path / "other")
+        transformers.BertModel.from_pretrained(tmp_path / "other", attn_implementation=name)(torch.tensor([[3, 4]]))
+
+
+@pytest.mark.parametrize("name", UNNORMALISED)
+def test_no_warning_where_nothing_was_pretrained_with_softmax(name, tmp_path, recwarn):
+    model = hf_attn.AttnBertForMaskedLM(hf_attn.AttnBertConfig(**SIZE, **TEXT, attn_implementation=name))
+    model.save_pretrained(tmp_path)
+    for arguments in ({}, {"attn_implementation": name}):
+        AutoModel.from_pretrained(tmp_path, **arguments)
+    model.set_attn_implementation(name)
+    model.set_attn_implementation("softmax")
+    transformers.BertModel(transformers.BertConfig(**SIZE, **TEXT, attn_implementation=name))(torch.tensor([[3, 4]]))
+    assert not [w for w in recwarn if "needs training" in str(w.message)]

@@ -3,14 +3,15 @@
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import BERT, VIT
+from helpers import BERT, GPT2, VIT
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_attn
 
 CASES = [
     ("bert", "randomized"), ("bert", "lara"), ("bert", "eva"), ("bert", "rfa"), ("bert", "topological"),
-    ("vit", "lara"), ("vit", "eva"), ("vit", "topological"), ("vit", "ripple"),
+    ("vit", "randomized"), ("vit", "lara"), ("vit", "eva"), ("vit", "rfa"), ("vit", "topological"), ("vit", "ripple"),
+    ("gpt2", "randomized"), ("gpt2", "eva"), ("gpt2", "rfa"), ("gpt2", "topological"),
 ]  # fmt: skip
 
 
@@ -18,6 +19,9 @@ def model_of(family, mechanism):
     torch.manual_seed(0)
     if family == "vit":
         return hf_attn.AttnViTForImageClassification(hf_attn.AttnViTConfig(**VIT, attn_implementation=mechanism))
+    if family == "gpt2":
+        config = hf_attn.AttnGPT2Config(**GPT2, attn_implementation=mechanism)
+        return hf_attn.AttnGPT2ForSequenceClassification(config)
     config = hf_attn.AttnBertConfig(**BERT, attn_implementation=mechanism)
     return hf_attn.AttnBertForSequenceClassification(config)
 

@@ -1,5 +1,6 @@
 """The gau family as users of transformers expect it: every head, saving, Auto classes, generation, packing, training."""
 
+import math
 import pickle
 import subprocess
 import sys
@@ -412,6 +413,21 @@ def test_images():
     with pytest.raises(InvalidOption, match="makes 10 tokens"):
         model_of("GauForImageClassification", "quadratic", max_position_embeddings=9)
     assert "gau.embeddings.word_embeddings.weight" not in model.state_dict()
+
+
+def test_positions_are_a_scaled_sinusoid():
+    model = model_of("GauModel")
+    found, plain = (
+        m.embeddings(torch.zeros(1, 7, 32).double(), None, torch.arange(7)[None])[0]
+        for m in (model, model_of("GauModel", absolute_positions="none"))
+    )
+    for position, channel in ((0, 0), (3, 0), (3, 5), (6, 15)):
+        angle = position / 10000 ** (2 * channel / 32)
+        expected = model.embeddings.position_scale.detach() * torch.tensor([math.sin(angle), math.cos(angle)]).double()
+        torch.testing.assert_close(found[position, [channel, 16 + channel]], expected, rtol=0, atol=1e-6)
+    assert not plain.any()
+    fresh = hf_attn.GauModel(config_of())
+    assert fresh.embeddings.position_scale.item() == pytest.approx(32**-0.5)
 
 
 def test_token_types():

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_attn import InvalidOption, Unsupported
 from hf_attn.errors import InvalidInput
@@ -64,6 +65,16 @@ def mask_of(tokens: int, real: int):
 
 def close(found, expected, tolerance=1e-12):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what runs."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def in_loops(unit, x, mask, causal):
@@ -326,13 +337,28 @@ def test_11_the_bidirectional_linear_part_knows_no_order_and_no_chunks():
 @causally
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_12_half_precision_is_close(kind, causal, dtype):
-    unit = kind(64, query_key_dim=32, **({"chunk_size": 16} if kind is FlashGatedAttentionUnit else {}))
+    unit = kind(64, query_key_dim=32, **({"chunk_size": 16} if kind is FlashGatedAttentionUnit else {"n_ref": 16}))
+    for parameter in unit.parameters():
+        nn.init.normal_(parameter, std=0.15)
+    for parameter in (unit.gamma, unit.norm.weight):
+        nn.init.ones_(parameter)
     x = torch.randn(2, 50, 64)
     expected = unit(x, is_causal=causal)
+    assert (expected - x).norm() > 0.3 * x.norm(), "the residual must not hide what the unit adds"
     low = unit.to(dtype)
     found = low(x.to(dtype), is_causal=causal)
     assert found.dtype == dtype
     assert (found.float() - expected).norm() / expected.norm() < 2e-2
+
+
+@causally
+def test_chunks_are_no_loop(causal):
+    unit, counts = unit_of(FlashGatedAttentionUnit, chunk_size=4), []
+    for tokens in (8, 16, 160):
+        with Operations() as operations:
+            unit(inputs(tokens), is_causal=causal)
+        counts.append(operations.count)
+    assert len(set(counts)) == 1, "as many operations for 2 chunks as for 40"
 
 
 @pytest.mark.parametrize("kind", [GatedAttentionUnit, FlashGatedAttentionUnit])

@@ -1,5 +1,6 @@
 """A stranger's config: typed errors before anything is allocated, whatever stands in it."""
 
+import contextlib
 import json
 
 import pytest
@@ -128,3 +129,41 @@ def test_fuzzed_options_give_a_model_or_a_typed_error(name, data):
             hf_attn.AttnBertModel(config)
     except HfAttnError:
         pass
+
+
+OWN = {
+    "gau": hf_attn.GauConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, query_key_dim=8),
+    "aa_resnet": hf_attn.AAResNetConfig.wide(10, 1, image_size=8, num_attention_heads=2, min_head_key_dim=2),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_fuzzed_configs_of_other_families_give_a_config_or_a_typed_error(name):
+    good = json.loads(OWN[name].to_json_string(use_diff=False))
+
+    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(changes=st.dictionaries(st.sampled_from(sorted({*good, *SIZES, "auto_map"})), NASTY, max_size=4))
+    def check(changes):
+        try:
+            config = type(OWN[name]).from_dict({**good, **changes})
+        except HfAttnError:
+            return
+        assert type(config) is type(OWN[name])
+
+    assert type(OWN[name]).from_dict(good).to_dict() == OWN[name].to_dict()
+    check()
+    # a number where a list belongs, and the other way round
+    for key in {*good, *SIZES}:
+        for value in (3, [3], [3, None]):
+            with contextlib.suppress(HfAttnError):
+                type(OWN[name]).from_dict({**good, key: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("gau", {"hidden_size": 2**16, "expansion": 256, "num_hidden_layers": 4}), ("aa_resnet", {"hidden_sizes": [2**16], "depths": [2**10]})],
+)  # fmt: skip
+def test_sizes_that_are_too_much_together_are_refused(name, change):
+    good = json.loads(OWN[name].to_json_string(use_diff=False))
+    with pytest.raises(InvalidOption, match="parameters, more than"):
+        type(OWN[name]).from_dict({**good, **change})

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from hf_attn.errors import InvalidInput, InvalidOption
 from hf_attn.recipes.arguments import DataArguments
@@ -122,3 +123,39 @@ def test_a_file_of_unknown_format_is_refused(tmp_path):
     path.write_text("a")
     with pytest.raises(InvalidInput, match="its format is unknown"):
         read(path)
+
+
+@pytest.mark.parametrize("case", ["own split", "no test split", "cut", "file"])
+def test_a_result_on_the_hub_is_filed_where_others_can_compare(case, tmp_path, monkeypatch):
+    import datasets
+
+    whole = datasets.Dataset.from_list(ROWS, split="train")
+    test = datasets.Dataset.from_list(ROWS[:7], split="test")
+    held = {"train": whole} if case == "no test split" else {"train": whole, "test": test}
+    read = datasets.load_dataset
+    fake = lambda path, **rest: datasets.DatasetDict(held) if path == "someone/stars" else read(path, **rest)  # noqa: E731
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    recipe = {
+        "task": "text-classification", "family": "bert", "config": BERT, "vocab_size": 300, "columns": {"labels": "stars"},
+        "dataset": "someone/stars", "dataset_options": {"name": "odd", "revision": "a" * 40}, "max_examples": None,
+    }  # fmt: skip
+    if case == "cut":
+        recipe["max_examples"] = 6
+    if case == "file":
+        recipe |= {"dataset": str(write(tmp_path, "csv")), "dataset_options": {}}
+    result = train(written(tmp_path, **recipe))
+    found = result.model_dir / ".eval_results" / "someone__stars.yaml"
+    assert found.is_file() == (case == "own split")
+    if case == "own split":
+        (entry,) = yaml.safe_load(found.read_text())
+        assert entry["dataset"] == {"id": "someone/stars", "task_id": "odd", "revision": "a" * 40}
+        assert entry["value"] == round(result.metrics["test_accuracy"], 4) and entry["notes"] == "accuracy, test split"
+        assert (result.plan.folder / ".eval_results" / "someone__stars.yaml").read_bytes() == found.read_bytes()
+        card = (result.model_dir / "README.md").read_text()
+        (model,) = yaml.safe_load(card.split("---")[1])["model-index"]
+        kinds = [metric["type"] for each in model["results"] for metric in each["metrics"]]
+        assert sorted(kinds) == ["accuracy", "loss"] and "| `someone/stars` | odd | accuracy |" in card
+        train(written(tmp_path, **{**recipe, "eval_task": "even"}))
+        assert yaml.safe_load(found.read_text())[0]["dataset"]["task_id"] == "even"
+        train(written(tmp_path, **{**recipe, "max_examples": 6}))
+        assert not found.exists()

@@ -93,7 +93,7 @@ def test_08_a_student_head_learns_from_its_own_map_only(tmp_path, head, weights)
     assert gradient[head] > 0 and gradient.sum() == gradient[head]
 
 
-@pytest.mark.parametrize("attention", [None, "ripple", "lara"])
+@pytest.mark.parametrize("attention", [None, "ripple", "relative_2d"])
 def test_training_selects_heads_logs_the_terms_and_evaluates_by_cross_entropy(tmp_path, attention):
     student = vit() if attention is None else hf_attn.convert(vit(), attention)
     trainer = trainer_of(tmp_path, student)
@@ -122,6 +122,8 @@ def test_the_students_module_is_as_it_was_after_its_map_is_taken():
 def test_what_does_not_fit_is_refused(tmp_path):
     teacher, assistant = vit(seed=1), vit(ViTModel, seed=2)
     good = SSTAConfig(teacher, assistant)
+    with pytest.raises(Unsupported, match="lara.*another draw"):
+        trainer_of(tmp_path, hf_attn.convert(vit(), "lara"), good)
     with pytest.raises(Unsupported, match="no N x N weights"):
         trainer_of(tmp_path, hf_attn.convert(vit(), "vars"), good)
     with pytest.raises(Unsupported, match="dropout"):

@@ -138,9 +138,9 @@ def search(seed: int, steps: int, members: int = 8) -> list[dict[str, object]]:
         final = PopulationTrainer(
             [trainer.members.model(i) for i in range(members)], arguments, test, test, compute_metrics=accuracy
         )
-        scores = sorted(row["eval_accuracy"] for row in final.evaluate())
-        chosen = final.evaluate()[best]["eval_accuracy"]
-        row = {"part": "search", "method": name, "seed": seed, "chosen": chosen, "best": scores[-1]}
+        accuracies = [row["eval_accuracy"] for row in final.evaluate()]
+        scores = sorted(accuracies)
+        row = {"part": "search", "method": name, "seed": seed, "chosen": accuracies[best], "best": scores[-1]}
         rows.append({**row, "median": statistics.median(scores), "worst": scores[0]})
     return rows
 

@@ -104,7 +104,9 @@ class PopulationTrainer:
                     bar.set_postfix_str(_spread("loss", losses.tolist()))
                 every = self.args.exploit_every
                 if every and self.step_number % every == 0 and self.step_number < self.total_steps:
-                    bar.write(f"step {self.step_number}: {self._exploit()}")
+                    told = self._exploit()
+                    if not self.args.disable_tqdm:
+                        bar.write(f"step {self.step_number}: {told}")
         if self.eval_data is not None and self.step_number == self.total_steps:
             self._record(self.evaluate())
         return self.history

@@ -45,7 +45,7 @@ def random_directions(
 
 def log_positive(x: Tensor, directions: Tensor, scale: float) -> Tensor:
     """log of the positive random features: sqrt(s) <z, x> - s |x|^2 / 2. x (B,H,N,D), directions (H,F,D)."""
-    return scale**0.5 * (x @ directions.transpose(-1, -2)) - scale / 2 * x.square().sum(-1, keepdim=True)
+    return (x @ (scale**0.5 * directions).transpose(-1, -2)).sub_(scale / 2 * x.square().sum(-1, keepdim=True))
 
 
 def log_elu1(x: Tensor) -> Tensor:
@@ -207,6 +207,10 @@ def _causal_span(log_query: Tensor, log_key: Tensor, value: Tensor, state: State
     """
     tokens = log_query.shape[2]
     size = min(CHUNK, 1 << (tokens - 1).bit_length())
+    reference = torch.maximum(state["reference"], log_key.detach().amax(dim=2))
+    earlier = torch.where(state["reference"] == _NEGATIVE_INFINITY, reference, state["reference"])
+    if _narrow(log_key, reference, earlier):
+        return _narrow_span(log_query, log_key, value, state, reference, size)
     pad = -tokens % size
     if pad:
         log_query = torch.nn.functional.pad(log_query, (0, 0, 0, pad))
@@ -241,19 +245,57 @@ def _causal_span(log_query: Tensor, log_key: Tensor, value: Tensor, state: State
     return merge_parts(parts).flatten(2, 3)[:, :, :tokens], after
 
 
-def _narrow(log_key: Tensor, largest: Tensor) -> bool:
-    """Whether one reference serves a whole chunk: no key (B,H,C,T,F) is far below the largest of its chunk (B,H,C,F).
+def _narrow(log_key: Tensor, largest: Tensor, earlier: Tensor | None = None) -> bool:
+    """Whether one reference serves all keys (...,T,F): none, and nothing `earlier` (...,F), is far below `largest` (...,F).
 
     Whatever a query sees of its best feature then weighs at least exp(-NARROW), far above all that may underflow.
     Compiled code cannot look at the data, and goes without the answer.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (earlier is not None and not bool((largest - earlier < NARROW).all())):
         return False
-    if bool((largest - log_key.detach().amin(dim=3) < NARROW).all()):
+    if bool((largest - log_key.detach().amin(dim=-2) < NARROW).all()):
         return True
     # once more without the hidden keys
-    smallest = torch.where(log_key == _NEGATIVE_INFINITY, float("inf"), log_key.detach()).amin(dim=3)
+    smallest = torch.where(log_key == _NEGATIVE_INFINITY, float("inf"), log_key.detach()).amin(dim=-2)
     return bool((largest - smallest < NARROW).all())
+
+
+def _narrow_span(
+    log_query: Tensor, log_key: Tensor, value: Tensor, state: State, reference: Tensor, size: int
+) -> tuple[Tensor, State]:
+    """Causal attention of a span whose keys, and the state, are all weighed relative to one `reference` (B,H,F).
+
+    The states before the chunks (of `size` tokens) are then running sums.
+    """
+    batch, heads, tokens, features = log_query.shape
+    shift = finite(reference)
+    # in place where nothing of it is needed again: new memory is what costs time here
+    logits = log_query + shift[:, :, None]
+    query = logits.sub_(logits.detach().amax(dim=-1, keepdim=True)).exp_()
+    weight = (log_key - shift[:, :, None]).exp_()
+    pad = -tokens % size
+    if pad:
+        query, weight, value = (torch.nn.functional.pad(x, (0, 0, 0, pad)) for x in (query, weight, value))
+    chunks = (tokens + pad) // size
+    query, weight, value = (x.reshape(batch * heads * chunks, size, -1) for x in (query, weight, value))
+    carried = (state["reference"] - shift).exp()
+    mass, total = state["mass"] * carried, state["value"] * carried[..., None]
+    sums = torch.bmm(weight.transpose(1, 2), value).view(batch * heads, chunks, -1)
+    masses = weight.sum(dim=1).view(batch * heads, chunks, features)
+    # running sums as products: cumsum over a strided dimension is several times slower on a CPU
+    earlier = masses.new_ones(chunks, chunks).tril(-1).expand(batch * heads, -1, -1)
+    mass_before = torch.baddbmm(mass.view(batch * heads, 1, features), earlier, masses)
+    total_before = torch.baddbmm(total.view(batch * heads, 1, -1), earlier, sums)
+    scores = torch.bmm(query, weight.transpose(1, 2)).tril_()
+    seen = scores.sum(dim=-1, keepdim=True) + torch.bmm(query, mass_before.view(-1, features, 1))
+    out = torch.baddbmm(torch.bmm(scores, value), query, total_before.view(-1, features, value.shape[2]))
+    out = out.div_(torch.where(seen > 0, seen, 1))
+    after = {
+        "reference": reference,
+        "mass": mass + masses.sum(dim=1).view_as(mass),
+        "value": total + sums.sum(dim=1).view_as(total),
+    }
+    return out.view(batch, heads, tokens + pad, -1)[:, :, :tokens], after
 
 
 def _narrow_chunks(log_query: Tensor, largest: Tensor, weight: Tensor, value: Tensor, before: State) -> Tensor:

@@ -112,7 +112,7 @@ def _triton(request: Request) -> Tensor:
 def _torch(request: Request) -> Tensor:
     directions = request.directions.to(request.query.dtype)
     # what depends on the query alone cancels, and is not computed
-    log_query = request.scaling**0.5 * (request.query @ directions.transpose(-1, -2))
+    log_query = request.query @ (request.scaling**0.5 * directions).transpose(-1, -2)
     log_key = log_positive(request.key, directions, request.scaling)
     if request.is_causal:
         return causal_linear_attention(log_query, log_key, request.value, request.key_padding_mask)[0]

@@ -36,7 +36,7 @@ POOLS = ("pool", "pool-mixed", "pool-vmixed")
 FREE_POOLS = ("no-param-pool", "no-param-pool-mixed", "no-param-pool-vmixed")
 ALPHA_FLOOR = 1e-8
 """Smallest alpha of "mis-opt": its query-specific part can push the sum below zero."""
-RECOMPUTE_FROM = 2048
+RECOMPUTE_FROM = 4096
 """Tokens from which the backward pass computes the tables of weights again instead of keeping them."""
 _NEGATIVE_INFINITY = float("-inf")
 

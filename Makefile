@@ -53,6 +53,7 @@ bench: install ## Time and memory of every mechanism on this machine's CPU, gate
 	$(BIN)/python scripts/bench.py relative_2d --model vit --layers 1 --batch 1 --lengths 196 --output docs/benchmarks/cpu_vit
 	$(BIN)/python scripts/bench.py aa_resnet --model resnet --no-backward --output docs/benchmarks/cpu_resnet
 	$(BIN)/python scripts/bench.py aa_resnet --model resnet --no-backward --batch 4 --output docs/benchmarks/cpu_resnet_batch4
+	$(BIN)/python scripts/update_numbers.py
 
 gpu-test: ## Kernels against their definitions on a GPU, with the Python that is active
 	$(PYTHON) -m pytest -m gpu

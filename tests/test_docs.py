@@ -88,3 +88,15 @@ def test_links_to_files_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+def test_times_in_the_pages_are_those_of_the_bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import update_numbers
+
+    found = update_numbers.ratios()
+    for path in sorted(PAGES.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        assert update_numbers.rewrite(path.stem, text, found) == text, "run scripts/update_numbers.py"
+    other = dict.fromkeys(found, 9.99)
+    assert "| bidirectional | 9.99 / 9.99 |" in update_numbers.rewrite("rfa", (PAGES / "rfa.md").read_text(), other)

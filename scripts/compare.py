@@ -211,10 +211,11 @@ def markdown(rows: list[Row], tasks: list[str], arguments: argparse.Namespace) -
         "",
         "Small models from scratch, with the same data, batches, steps and learning rate for every mechanism. These were chosen "
         "by what softmax reaches with them (test accuracies were seen), so they favour softmax. The options are those of the "
-        "configuration and fit the sizes, not the score, with one exception: dynamic_conv had 17 taps on digits at first, and "
-        "0.556, because [CLS] could not reach most pixels. The lengths (65 and 64 tokens) are far below those the fast "
-        "mechanisms are for: this shows that they learn, not that they pay. A seed decides weights, order of the data and "
-        "random features, not the split.",
+        "configurations and fit the sizes, not the score, with two exceptions on digits: dynamic_conv had 17 taps at first, and "
+        "0.556, because [CLS] could not reach most pixels; and context_pool the supports of its default, so small that it was "
+        "softmax to the last bit. softmax_plus is softmax at the length it is made for (n_ref). The lengths (65 and 64 tokens) "
+        "are far below those the fast mechanisms are for: this shows that they learn, not that they pay. A seed decides "
+        "weights, order of the data and random features, not the split.",
         "",
         "distance: of the mean to softmax's, positive where it is worse (accuracy: difference; perplexity: relative). std: over "
         "seeds. CPU s: of training, on a machine that others used too.",

@@ -38,6 +38,8 @@ ALPHA_FLOOR = 1e-8
 """Smallest alpha of "mis-opt": its query-specific part can push the sum below zero."""
 RECOMPUTE_FROM = 4096
 """Tokens from which the backward pass computes the tables of weights again instead of keeping them."""
+QUERIES = 512
+"""Queries that ask the landmarks at once then."""
 _NEGATIVE_INFINITY = float("-inf")
 
 
@@ -330,7 +332,7 @@ class LinearRandomizedAttention(AttentionModule):
             bias = bias.masked_fill(~valid[:, :, None], _NEGATIVE_INFINITY)
 
         direction = s * (w + mu[:, :, None] if self.options.mis_type == "mis-biased" else w).flatten(2, 3)
-        size = RECOMPUTE_FROM // 2 if call.queries >= RECOMPUTE_FROM else call.queries
+        size = QUERIES if call.queries >= RECOMPUTE_FROM else call.queries
         queries: Any = zip(q.split(size, dim=2))
         of_alpha: tuple[Any, ...] = ()
         if optimal:

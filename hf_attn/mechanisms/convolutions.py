@@ -14,31 +14,16 @@ When not: maps without smooth structure; an offset learns from the values beside
 
 from __future__ import annotations
 
-import importlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_attn.errors import InvalidInput, InvalidOption
-from hf_attn.kernels import Backend, always, choose, probe
-from hf_attn.mechanisms.deformable import sample, tap_positions, tap_products
+from hf_attn.kernels.deform import Request, deformable_convolution
 
 Pair = int | tuple[int, int] | list[int]
-
-
-class Request(NamedTuple):
-    """The checked arguments of one call of `deform_conv2d`."""
-
-    hidden_states: Tensor
-    offset: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    mask: Tensor | None
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
 
 
 def deform_conv2d(
@@ -74,7 +59,7 @@ def deform_conv2d(
         _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1),
     )  # fmt: skip
     _check(request)
-    return choose("deform_conv2d", backend, _BACKENDS, request).run(request)
+    return deformable_convolution(request, backend)
 
 
 def _pair(name: str, value: Pair, minimum: int) -> tuple[int, int]:
@@ -121,52 +106,6 @@ def output_size(size: Any, kernel: Any, stride: Any, padding: Any, dilation: Any
         for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
     )
     return rows, columns
-
-
-def _torch(request: Request) -> Tensor:
-    """Weighted sums of the corners' rows in one pass, then one product a group."""
-    x, offset, weight, bias, mask, stride, padding, dilation = request
-    kernel, size = weight.shape[2:], offset.shape[2:]
-    taps, low = kernel[0] * kernel[1], x.dtype in (torch.float16, torch.bfloat16)
-    # places beyond 256 lose their fractions in half precision
-    dtype = torch.float32 if low else x.dtype
-    moved = offset.to(dtype).flatten(2).unflatten(1, (-1, taps, 2)).transpose(1, 4)
-    positions = tap_positions(moved, size, kernel, stride, padding, dilation)
-    factor = None if mask is None else mask.to(dtype).flatten(2).unflatten(1, (-1, taps)).transpose(1, 3)
-    value = x.to(dtype).flatten(2).transpose(1, 2).unflatten(2, (moved.shape[4], -1))
-    sampled = sample(value, positions, factor, x.shape[2:])
-    result = tap_products(sampled, weight)
-    if bias is not None:
-        result = result + bias.to(dtype)
-    return result.transpose(1, 2).unflatten(2, size).to(x.dtype)
-
-
-def _torchvision(request: Request) -> Tensor:
-    return importlib.import_module("torchvision.ops").deform_conv2d(*request[:4], *request[5:], mask=request.mask)
-
-
-def _missing_torchvision() -> str | None:
-    try:
-        importlib.import_module("torchvision.ops")
-    except Exception as error:  # a build for another torch fails in many ways, all of them a reason
-        return f"torchvision.ops cannot be imported: {type(error).__name__}: {error}"
-    return None
-
-
-def _for_torchvision(request: Request) -> str | None:
-    tensors = [t for t in request[:5] if t is not None]
-    if any(t.dtype != request.hidden_states.dtype for t in tensors):
-        return "it needs one dtype for all tensors"
-    if request.hidden_states.dtype in (torch.float16, torch.bfloat16):
-        return "half precision is accumulated in float32 here"
-    return None
-
-
-_BACKENDS = (
-    Backend("torchvision", _missing_torchvision, _for_torchvision, _torchvision),
-    Backend("torch", always, always, _torch, builtin=True),
-)
-probe("deform_conv2d", _BACKENDS)
 
 
 class DeformableConv2d(nn.Module):

@@ -16,7 +16,6 @@ sample only, so values without smooth structure give them no direction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,6 +26,7 @@ from torch.nn import functional
 from hf_attn.capabilities import Capabilities
 from hf_attn.errors import InvalidInput, InvalidOption
 from hf_attn.functional import masked_softmax
+from hf_attn.kernels.deform import Request, deformable_convolution, sample, tap_positions, tap_products
 from hf_attn.module import AttentionModule, Call
 from hf_attn.options import Options
 from hf_attn.registry import Mechanism, register
@@ -156,29 +156,25 @@ class DeformableConvolution(AttentionModule):
     def prefix(self, call: Call) -> int:
         return call.num_prefix_tokens if self.options.position_2d else 0
 
-    def samples(self, call: Call) -> tuple[list[Tensor], Tensor | None]:
-        """Where the taps sample, (B,N,T,G) for each axis, and their factors (B,N,T,G)."""
+    def predictions(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Offsets (B, G T axes, ...) and factors (B, G T, ...) on the map; the last dimensions are those of `sizes`."""
         options, sizes = self.options, self.sizes(call)
-        groups, taps = options.offset_groups, self.taps
         source = self.tokens(call, options.predict_from).transpose(1, 2).unflatten(2, sizes)
         weight, bias = self.conv_offset.weight.to(source.dtype), self.conv_offset.bias.to(source.dtype)
         convolve = functional.conv2d if options.position_2d else functional.conv1d
-        predicted = convolve(source, weight, bias, padding=self.padding, dilation=options.dilation).flatten(2)
-        # (B,N,T,axes,G)
-        offset = predicted[:, : groups * taps * self.axes].unflatten(1, (groups, taps, self.axes)).transpose(1, 4)
-        axes = self.axes
+        predicted = convolve(source, weight, bias, padding=self.padding, dilation=options.dilation)
+        moves = options.offset_groups * self.taps * self.axes
+        return predicted[:, :moves], predicted[:, moves:].sigmoid() if options.modulated else None
+
+    def samples(self, call: Call) -> tuple[list[Tensor], Tensor | None]:
+        """Where the taps sample, (B,N,T,G) for each axis, and their factors (B,N,T,G)."""
+        options, axes, (offset, factor) = self.options, self.axes, self.predictions(call)
+        shape = (options.offset_groups, self.taps)
         positions = tap_positions(
-            offset,
-            sizes,
-            (options.kernel_size,) * axes,
-            (1,) * axes,
-            (self.padding,) * axes,
-            (options.dilation,) * axes,
-        )
-        if not options.modulated:
-            return positions, None
-        factor = predicted[:, groups * taps * self.axes :].sigmoid()
-        return positions, factor.unflatten(1, (groups, taps)).transpose(1, 3)
+            offset.flatten(2).unflatten(1, (*shape, axes)).transpose(1, 4), self.sizes(call), (options.kernel_size,) * axes,
+            (1,) * axes, (self.padding,) * axes, (options.dilation,) * axes,
+        )  # fmt: skip
+        return positions, None if factor is None else factor.flatten(2).unflatten(1, shape).transpose(1, 3)
 
     def finish(self, call: Call, patches: Tensor) -> Tensor:
         """(B,H,N,D) from the convolved map (B,N,C): bias, heads, prefix tokens."""
@@ -216,67 +212,18 @@ class DeformableConvolution(AttentionModule):
     # -- the efficient form ----------------------------------------------------------------------------------------
 
     def attend(self, call: Call) -> Tensor:
-        """Weighted sums of the corners' rows in one pass, then one product a group."""
-        positions, factor = self.samples(call)
-        value = self.tokens(call, "value").unflatten(2, (self.options.offset_groups, -1))
-        sampled = sample(value, positions, factor, self.sizes(call))
-        return self.finish(call, tap_products(sampled, self.weight))
-
-
-def tap_positions(
-    offset: Tensor,
-    sizes: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> list[Tensor]:
-    """Where the taps sample: (B,N,T,G) for each axis, in pixels of the sampled map.
-
-    Args:
-        offset: (B,N,T,axes,G), N = product of `sizes`, T = product of `kernel`.
-        sizes: the map of the result; one number an axis, like all that follow.
-    """
-    places = torch.unravel_index(torch.arange(offset.shape[1], device=offset.device), tuple(sizes))
-    steps = torch.unravel_index(torch.arange(offset.shape[2], device=offset.device), tuple(kernel))
-    positions = []
-    for axis, (place, step) in enumerate(zip(places, steps, strict=True)):
-        tap = place[:, None] * stride[axis] - padding[axis] + step * dilation[axis]
-        positions.append(tap[:, :, None] + offset[:, :, :, axis])
-    return positions
-
-
-def sample(value: Tensor, positions: list[Tensor], factor: Tensor | None, sizes: Sequence[int]) -> Tensor:
-    """(B,N,T,G,c) linear interpolation of `value` (B,M,G,c) at `positions` (B,N,T,G), 0 outside; times `factor`.
-
-    Args:
-        sizes: the map of `value`, M = their product, one axis for each of `positions`.
-    """
-    corner = torch.zeros_like(positions[0], dtype=torch.long)[..., None]
-    weight = (torch.ones_like(positions[0]) if factor is None else factor)[..., None]
-    for position, size in zip(positions, sizes, strict=True):
-        low = position.detach().floor()
-        ends = torch.stack((low, low + 1), dim=-1)
-        share = torch.stack((1 - (position - low), position - low), dim=-1).where((ends >= 0) & (ends < size), 0)
-        # clamped as integers: a position that is not a number must not become a place in memory
-        corner = (corner[..., None] * size + ends.long().clamp(0, size - 1)[..., None, :]).flatten(-2)
-        weight = (weight[..., None] * share[..., None, :]).flatten(-2)
-    batch, tokens, groups = value.shape[:3]
-    first = torch.arange(batch, device=value.device)[:, None, None, None, None] * tokens
-    rows = (first + corner) * groups + torch.arange(groups, device=value.device)[:, None]
-    sampled = functional.embedding_bag(
-        rows.flatten(0, 3), value.flatten(0, 2), per_sample_weights=weight.flatten(0, 3), mode="sum"
-    )
-    return sampled.view(*positions[0].shape, -1)
-
-
-def tap_products(sampled: Tensor, weight: Tensor) -> Tensor:
-    """(B,N,O): the samples (B,N,T,G,c) times the kernel (O, C/groups, ...), one product a group of the convolution."""
-    batch, tokens = sampled.shape[:2]
-    groups = sampled.shape[3] * sampled.shape[4] // weight.shape[1]
-    rows = sampled.reshape(batch * tokens, -1, groups, weight.shape[1]).permute(2, 0, 1, 3).flatten(2)
-    kernel = weight.to(sampled.dtype).flatten(2).unflatten(0, (groups, -1)).transpose(2, 3).flatten(2)
-    return (rows @ kernel.transpose(1, 2)).transpose(0, 1).reshape(batch, tokens, -1)
+        """Weighted sums of the corners' rows in one pass, then one product a group; on a grid the operator for maps."""
+        value = self.tokens(call, "value")
+        if not self.options.position_2d:
+            positions, factor = self.samples(call)
+            groups = value.unflatten(2, (self.options.offset_groups, -1))
+            return self.finish(call, tap_products(sample(groups, positions, factor, self.sizes(call)), self.weight))
+        offset, factor = self.predictions(call)
+        request = Request(
+            value.transpose(1, 2).unflatten(2, self.sizes(call)), offset, self.weight.to(value.dtype), None, factor,
+            (1, 1), (self.padding,) * 2, (self.options.dilation,) * 2,
+        )  # fmt: skip
+        return self.finish(call, deformable_convolution(request).flatten(2).transpose(1, 2))
 
 
 def _hat(distance: Tensor) -> Tensor:

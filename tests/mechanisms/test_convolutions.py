@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+import hf_attn
 from hf_attn import DeformableConv2d, deform_conv2d, kernels
 from hf_attn.errors import InvalidInput, InvalidOption, KernelUnavailable
-from hf_attn.mechanisms import convolutions
+from hf_attn.kernels import deform
 
 
 def draw(*shape, seed=0, scale=1.0):
@@ -139,12 +140,16 @@ def test_torchvision_is_used_where_it_is_and_gets_the_arguments_in_its_order(mon
     monkeypatch.setitem(sys.modules, "torchvision.ops", types.SimpleNamespace(deform_conv2d=stand_in))
     x, offset, weight, mask, call = case(stride=2)
     monkeypatch.setitem(kernels._absent, "deform_conv2d", {})
-    assert convolutions._missing_torchvision() is None
+    assert deform.missing_torchvision() is None
     deform_conv2d(x, offset, weight, mask=mask, **call)
     assert got["mask"] is mask and got["stride"] == (2, 2) and got["padding"] == (1, 1) and got["offset"] is offset
     got.clear()
     deform_conv2d(*(t.bfloat16() for t in (x, offset, weight)), mask=mask.bfloat16(), **call)
     assert not got, "half precision is accumulated in float32, in torch"
+    mixer = hf_attn.build("deformable", num_heads=2, head_dim=4, offset_groups=2)
+    tokens = torch.randn(2, 2, 13, 4)
+    mixer(tokens, tokens, tokens, grid=(3, 4), num_prefix_tokens=1)
+    assert got["input"].shape == (2, 8, 3, 4) and got["offset"].shape == (2, 36, 3, 4) and got["weight"] is not None
 
 
 def test_a_backend_that_cannot_run_says_why():

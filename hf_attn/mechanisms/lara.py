@@ -19,6 +19,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -323,7 +324,7 @@ class LinearRandomizedAttention(AttentionModule):
         scaled = s * w.flatten(2, 3)
         request = landmarks.Request(
             scaled, call.key, call.value, None, real, 1.0, s / 2,
-            lambda: stage(_to_landmarks, scaled, call.key, call.value, s, real),
+            lambda: _by_head(call, partial(_to_landmarks, scale=s, real=real), scaled, call.key, call.value),
         )  # fmt: skip
         f, log_mass = landmarks.landmark_stage(request)
         optimal = self.options.mis_type == "mis-opt"
@@ -405,9 +406,10 @@ class LinearRandomizedAttention(AttentionModule):
         q, k, v = call.query, call.key, None
         mean, valid = self._mean(call, real)
         if self.options.proposal_gen == "adaptive-1d":
-            stage = _stage(call)
-            q_bar = stage(lambda x: mean(self.q_bar_gen(x)), q)
-            k_bar = stage(lambda x: mean(self.k_bar_gen(x)), k)
+            (q_bar,), (k_bar,) = (
+                _by_head(call, lambda x, layer=layer: (mean(layer(x)),), tokens)
+                for layer, tokens in ((self.q_bar_gen, q), (self.k_bar_gen, k))
+            )
         else:
             q_bar, k_bar = mean(q), mean(k)
         if self.pools(call) and self.options.proposal_gen.endswith("vmixed"):
@@ -444,6 +446,15 @@ def _stage(call: Call) -> Callable[..., Any]:
     if call.queries >= RECOMPUTE_FROM:
         return recomputed
     return lambda function, *arguments: function(*arguments)
+
+
+def _by_head(call: Call, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> Any:
+    """A stage that reads all keys, from (B,H,...) to (B,H,...): in long sequences heads take turns as well."""
+    if call.queries < RECOMPUTE_FROM:
+        return function(*tensors)
+    heads = zip(*(x.split(1, dim=1) for x in tensors), strict=True)
+    parts = zip(*(recomputed(function, *one) for one in heads), strict=True)
+    return tuple(torch.cat(part, dim=1) for part in parts)
 
 
 def _to_landmarks(w: Tensor, key: Tensor, value: Tensor, scale: float, real: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT
 import hf_attn
 from hf_attn.capabilities import Host
 from hf_attn.errors import InvalidInput, InvalidOption, Unsupported
+from hf_attn.mechanisms import lara
 from hf_attn.mechanisms.lara import FREE_POOLS, POOLS, LinearRandomizedAttention
 
 B, H, D = 2, 2, 4
@@ -192,6 +193,28 @@ def test_minute_scale_exact_noise_is_worse_than_unit_noise_which_is_close_to_non
     none, unit, exact = (squared_error("lara", qkv, noise_std=std, **options) for std in ("none", "unit", "exact"))
     assert abs(unit - none) < 0.3 * none
     assert exact > 2 * unit
+
+
+@pytest.mark.parametrize("mis_type", MIS)
+@pytest.mark.parametrize("generator", ["seg-means", "adaptive-1d"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_long_sequences_compute_again_is_the_same(mis_type, generator, masked, monkeypatch):
+    """Queries in parts, heads in turn, tables made again: outputs and all gradients."""
+    built = module(mis_type=mis_type, proposal_gen=generator).eval()
+    mask = torch.ones(B, 12, dtype=torch.bool)
+    mask[0, 9:] = False
+    results = []
+    for again in (False, True):
+        if again:
+            monkeypatch.setattr(lara, "RECOMPUTE_FROM", 8)
+            monkeypatch.setattr(lara, "QUERIES", 5)
+        qkv = [x.requires_grad_() for x in tokens(12)]
+        out = built(*qkv, key_padding_mask=mask if masked else None)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), [*qkv, *built.parameters()], allow_unused=True)))
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            agree(a, b, 1e-12)
 
 
 @pytest.mark.parametrize("mis_type", MIS)

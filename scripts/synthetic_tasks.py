@@ -38,7 +38,7 @@ class Experiment:
         causal: the model sees the tokens before only; mechanisms without a causal form are left out.
         data: keys of the recipe.
         steps: of training, with 64 examples each.
-        guess: accuracy of an answer that is only of the right kind.
+        guess: accuracy of an answer that knows the kind of question and nothing more.
     """
 
     title: str
@@ -68,11 +68,11 @@ EXPERIMENTS = {
     ),
     "listops": Experiment(
         "ListOps",
-        "The value, 0 to 9, of expressions of 5 to 31 tokens with at most 5 arguments an operator. Encoders. A guess is right "
-        "in 0.1, and more where the expression ends in a hint, such as an extreme digit.",
+        "The value, 0 to 9, of expressions of 5 to 31 tokens with at most 5 arguments an operator. Encoders. The "
+        "outermost operator's most frequent value is right in 0.23 of the test.",
         {"dataset": "listops", "dataset_options": EXPRESSIONS, "max_length": 34},
         600,
-        0.1,
+        0.23,
     ),
 }
 SIZES = {
@@ -150,7 +150,9 @@ def markdown(rows: list[Row], tasks: list[str], seeds: list[int]) -> str:
         "",
         "Two layers of 64 channels and 4 heads from scratch (gau: 4 gated units of 64 channels), 20,000 generated examples, 64 a "
         "step, learning rate 0.002 for all. The sizes are those at which softmax solves recall; longer ones, such as 32 tokens, "
-        "it did not solve within this budget. Nothing was tuned for the others. A seed decides weights and order, not the data.",
+        "it did not solve within this budget. Heads, learning rate and initial weights (0.2 wide) were chosen until softmax did, in "
+        "about ten trials; nothing was tuned for the others, and gau starts from its usual weights. Low recall of theirs may "
+        "be slow learning, not lack of capacity. A seed decides weights and order, not the data.",
         "",
         "Options: " + "; ".join(f"{name} {options}" for name, options in OPTIONS.items() if options) + f"; gau {GAU}.",
         "CPU s: of training, on a machine that others used too.",

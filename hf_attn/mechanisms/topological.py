@@ -105,7 +105,7 @@ class TopologicalAttention(AttentionModule):
             random="; ".join(what for what, done in drawn.items() if done),
             attention_weights=True,
             derived=derived.get(kind, ()),
-            pays_from="none up to 4096 (2-core CPU, float32, D = 64, Toeplitz masks; causal decay: 1024)",
+            pays_from="none up to 4096 (2-core CPU, float32, D = 64, Toeplitz masks; causal decay: 2048)",
         )
 
     @classmethod
